@@ -1,0 +1,22 @@
+"""What a user did wrong, said in one line."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake the user can mend. The message is one line: what is wrong, and what to do. The CLI exits with 2."""
+
+
+def unknown(kind: str, name: object, known: Iterable[str], where: str = "") -> UserError:
+    """A `UserError` for a name that is not among `known`, with near names first."""
+    options = sorted(known)
+    near = get_close_matches(str(name), options, n=3, cutoff=0.5)
+    advice = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(options) or 'nothing: none exist'}"
+    place = f" in {where}" if where else ""
+    return UserError(f"unknown {kind} {str(name)!r}{place}: {advice}")

@@ -1,0 +1,211 @@
+"""The paper's view as code: attention as banks of fast-weight experts and routes to them.
+
+An expert is a two-layer network: keys are its first layer `w1: [W, D]`, values its second `w2: [W, Dv]`, `W` hidden units wide
+(arXiv 2602.01219). A `Bank` holds `E` experts for each batch and head; routes say which `S` of them a query uses, and are absent
+where all queries share all experts of the bank. `apply` evaluates any such object: the generic oracle of every method that can be
+written so. From the same object follow the coordinates that can be measured and the health of the routing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from attnbench.eager import positions, take, wide
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+Activation = Literal["softmax", "linear"]
+_CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class Bank:
+    """E experts of W hidden units for each of B x H heads.
+
+    Either `w1` and `w2` hold the weights (compressed rows, which are no token's), or `index` says which token each hidden unit
+    is, and the weights are gathered from `keys` and `values` when needed.
+    """
+
+    keys: Tensor | None = None
+    """`[B, H, M, D]`, the tokens that `index` points into"""
+    values: Tensor | None = None
+    """`[B, H, M, Dv]`"""
+    index: Tensor | None = None
+    """`[B, H, E, W]` token of each hidden unit; -1 pads a narrower expert"""
+    w1: Tensor | None = None
+    """`[B, H, E, W, D]` first-layer weights of compressed experts"""
+    w2: Tensor | None = None
+    """`[B, H, E, W, Dv]` second-layer weights of compressed experts"""
+    routes: Tensor | None = None
+    """`[B, H, N, S]` experts that each query uses; -1 uses none; None: every query uses all E"""
+    scale: float = 1.0
+    """factor of the first layer's output"""
+    activation: Activation = "softmax"
+    """`linear`: hidden units enter as they are, normalised by their sum"""
+    query_map: Callable[[Tensor], Tensor] | None = None
+    """feature map applied to q before the first layer"""
+    causal: bool = False
+    """a query uses only hidden units whose token is at or before its own position (needs `index`)"""
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self._first().shape[2]
+
+    @property
+    def width(self) -> int:
+        """W, padding included."""
+        return self._first().shape[3]
+
+    @property
+    def compressed(self) -> bool:
+        """Whether hidden units are mixtures, not tokens."""
+        return self.index is None
+
+    @property
+    def per_query(self) -> int:
+        """S, the experts that one query uses."""
+        return self.experts if self.routes is None else self.routes.shape[-1]
+
+    def _first(self) -> Tensor:
+        first = self.w1 if self.index is None else self.index
+        assert first is not None, "a bank needs w1 and w2, or index, keys and values"
+        return first
+
+    def units(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden units that the queries at `rows` use: weights `[B, H, R or 1, U, D]`, `[.., Dv]`, tokens `[B, H, R or 1, U]`.
+
+        A token of -1 is an absent unit, -2 a compressed one.
+        """
+        flat = self._first()
+        b, h, experts = flat.shape[:3]
+        routes = torch.arange(experts, device=flat.device).expand(b, h, 1, experts) if self.routes is None else self.routes[:, :, rows]
+        if self.index is None:
+            assert self.w1 is not None and self.w2 is not None
+            w1, w2 = (_gather(w, routes.clamp(min=0)) for w in (self.w1, self.w2))
+            tokens = torch.full(w1.shape[:-1], -2, device=flat.device)
+        else:
+            assert self.keys is not None and self.values is not None
+            tokens = _gather(self.index, routes.clamp(min=0))
+            safe = tokens.clamp(min=0)
+            w1, w2 = (_gather(w.unsqueeze(3), safe.flatten(3)).unflatten(3, safe.shape[3:]) for w in (self.keys, self.values))
+            w1, w2 = w1.reshape(*tokens.shape, -1), w2.reshape(*tokens.shape, -1)
+        tokens = tokens.masked_fill((routes < 0).unsqueeze(-1), -1)
+        return w1.flatten(3, 4), w2.flatten(3, 4), tokens.flatten(3, 4)
+
+
+def _gather(source: Tensor, index: Tensor) -> Tensor:
+    """`source: [B, H, E, ...]` at `index: [B, H, ...]` along the expert axis -> `[B, H, *index, *rest]`."""
+    b = torch.arange(source.shape[0], device=source.device).view(-1, 1, *[1] * (index.ndim - 2))
+    h = torch.arange(source.shape[1], device=source.device).view(1, -1, *[1] * (index.ndim - 2))
+    return source[b, h, index]
+
+
+@dataclass(frozen=True)
+class FastWeights:
+    """Banks and how the hidden units of all chosen experts meet."""
+
+    banks: tuple[Bank, ...]
+    combine: Literal["joint", "gated", "linear"] = "joint"
+    """`joint`: one softmax over all hidden units. `gated`: each bank normalised alone, then summed with `gates`.
+    `linear`: hidden units divided by their sum plus `eps`."""
+    gates: tuple[Tensor, ...] = ()
+    """one `[B, H, N]` factor a bank, for `gated`"""
+    eps: float = 0.0
+    """added to the sum that `linear` divides by"""
+
+
+def apply(weights: FastWeights, q: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Evaluate fast weights on queries `q: [B, H, N, D]` -> `[B, H, N, Dv]`, or `[B, H, R, Dv]` at `rows`."""
+    rows = positions(q, rows)
+    widest = sum(bank.per_query * bank.width for bank in weights.banks) * q.shape[0] * q.shape[1] * q.shape[-1]
+    step = max(1, _CHUNK_ELEMENTS // max(1, widest))
+    return torch.cat([_apply_rows(weights, q, chunk) for chunk in rows.split(step)], 2)
+
+
+def _apply_rows(weights: FastWeights, q: Tensor, rows: Tensor) -> Tensor:
+    parts = [_hidden(bank, take(q, rows), rows) for bank in weights.banks]
+    if weights.combine == "gated":
+        outputs = [gate[:, :, rows, None] * _mix(_normalised(h), w2) for gate, (h, w2) in zip(weights.gates, parts, strict=True)]
+        return torch.stack(outputs).sum(0)
+    hidden = torch.cat([h for h, _ in parts], -1)
+    hidden = _normalised(hidden) if weights.combine == "joint" else hidden / (hidden.sum(-1, keepdim=True) + weights.eps)
+    shares = hidden.split([h.shape[-1] for h, _ in parts], -1)
+    return torch.stack([_mix(share, w2) for share, (_, w2) in zip(shares, parts, strict=True)]).sum(0)
+
+
+def _hidden(bank: Bank, q: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """First-layer output `[B, H, R, U]` and second-layer weights `[B, H, R or 1, U, Dv]`."""
+    w1, w2, tokens = bank.units(rows)
+    x = bank.query_map(q) if bank.query_map else q
+    hidden = bank.scale * torch.einsum("bhrd,bhrud->bhru", wide(x), wide(w1.expand(*x.shape[:3], *w1.shape[3:])))
+    absent = tokens == -1
+    if bank.causal:
+        absent = absent | (tokens > rows[:, None])
+    return hidden.masked_fill(absent, float("-inf") if bank.activation == "softmax" else 0.0), w2
+
+
+def _normalised(hidden: Tensor) -> Tensor:
+    empty = (hidden == float("-inf")).all(-1, keepdim=True)
+    return hidden.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
+def _mix(hidden: Tensor, w2: Tensor) -> Tensor:
+    return torch.einsum("bhru,bhrud->bhrd", hidden.to(w2.dtype), w2.expand(*hidden.shape[:3], *w2.shape[3:]))
+
+
+def width_per_query(weights: FastWeights) -> float:
+    """Mean number of hidden units that a query reads, padding left out."""
+    total = 0.0
+    for bank in weights.banks:
+        rows = torch.arange(1 if bank.routes is None else bank.routes.shape[2], device=bank._first().device)
+        counts = [(bank.units(chunk)[2] != -1).sum(-1).double().mean() * len(chunk) for chunk in rows.split(256)]
+        total += float(torch.stack(counts).sum()) / len(rows)
+    return total
+
+
+def load(bank: Bank) -> Tensor:
+    """Queries per expert `[B, H, E]` of a routed bank."""
+    assert bank.routes is not None, "only routed banks have a load"
+    b, h, _, _ = bank.routes.shape
+    ids = bank.routes.flatten(2)
+    counts = torch.zeros(b, h, bank.experts + 1, device=ids.device, dtype=torch.long)
+    counts.scatter_add_(2, ids.masked_fill(ids < 0, bank.experts), torch.ones_like(ids))
+    return counts[..., :-1]
+
+
+def kept(weights: FastWeights, keys: int) -> Tensor:
+    """`[B, H, M]`, True for tokens that at least one token-aligned expert holds; what is False is pruned."""
+    mask: Tensor | None = None
+    for bank in weights.banks:
+        if bank.index is not None:
+            held = torch.zeros(*bank.index.shape[:2], keys + 1, dtype=torch.bool, device=bank.index.device)
+            held.scatter_(2, bank.index.flatten(2).masked_fill(bank.index.flatten(2) < 0, keys), True)
+            mask = held[..., :-1] if mask is None else mask | held[..., :-1]
+    assert mask is not None, "no bank of these fast weights is token-aligned"
+    return mask
+
+
+def recalled_mass(weights: FastWeights, q: Tensor, k: Tensor, rows: Tensor | None = None, causal: bool = False) -> Tensor | None:
+    """Softmax mass `[B, H, R]` that full attention puts on the tokens each query reads; None where no unit is a token."""
+    if all(bank.compressed for bank in weights.banks):
+        return None
+    rows = positions(q, rows)
+    parts = []
+    for chunk in rows.split(max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))):
+        logits = wide(take(q, chunk)) @ wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5
+        if causal:
+            logits = logits.masked_fill(torch.arange(k.shape[2], device=q.device) > chunk[:, None], float("-inf"))
+        read = torch.zeros(*logits.shape[:3], k.shape[2] + 1, dtype=torch.bool, device=q.device)
+        for bank in weights.banks:
+            if not bank.compressed:
+                tokens = bank.units(chunk)[2].expand(*logits.shape[:3], -1)
+                read.scatter_(3, tokens.masked_fill(tokens < 0, k.shape[2]), True)
+        parts.append((logits.softmax(-1) * read[..., :-1]).sum(-1))
+    return torch.cat(parts, 2)

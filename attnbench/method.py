@@ -1,0 +1,415 @@
+"""The contract of one method: what a file in `methods/` or a plugin exports as `METHOD`.
+
+Tensors are `q: [B, H, N, D]`, `k: [B, Hkv, M, D]`, `v: [B, Hkv, M, Dv]`, as in torch's scaled_dot_product_attention; `Hkv`
+divides `H`. A method is a definition (`reference`, eager, readable, any float dtype), a fast-weight reading (`experts`), a cost
+model, limits, and any number of implementations that are imported only when they are run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from attnbench.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from attnbench.fastweights import FastWeights
+    from attnbench.taxonomy import Coordinates, Family
+
+EAGER = "eager"
+"""Name of the implementation that every method has: its own reference."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one attention call."""
+
+    batch: int
+    heads: int
+    n: int
+    """queries"""
+    dim: int
+    """head dimension of q and k"""
+    kv_heads: int = 0
+    """heads of k and v; 0 means as many as `heads`"""
+    keys: int = 0
+    """keys; 0 means as many as queries"""
+    dim_v: int = 0
+    """head dimension of v; 0 means `dim`"""
+
+    def __post_init__(self) -> None:
+        for name, default in (("kv_heads", self.heads), ("keys", self.n), ("dim_v", self.dim)):
+            if getattr(self, name) == 0:
+                object.__setattr__(self, name, default)
+        for f in fields(self):
+            if getattr(self, f.name) < 1:
+                raise UserError(f"{f.name} = {getattr(self, f.name)} is not a size: give a whole number of at least 1")
+        if self.heads % self.kv_heads:
+            raise UserError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Self:
+        """The shape of a call with these tensors. Raises `UserError` where they do not fit together."""
+        if not (q.ndim == k.ndim == v.ndim == 4):
+            raise UserError(f"q, k, v must be [B, H, N, D]: got {q.ndim}, {k.ndim} and {v.ndim} dimensions")
+        if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+            raise UserError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} do not fit [B, H, N, D]")
+        return cls(q.shape[0], q.shape[1], q.shape[2], q.shape[3], k.shape[1], k.shape[2], v.shape[3])
+
+
+def param(default: Any, doc: str, *, unit: str = "", low: float | None = None, at_most: str = "") -> Any:
+    """A field of a `Params` dataclass.
+
+    `low` is the smallest legal value; `at_most` names the size of `Shape` that it may not exceed.
+    """
+    return field(default=default, metadata={"doc": doc, "unit": unit, "low": low, "at_most": at_most})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """Hyper-parameters of a method; a method adds its own fields with `param`."""
+
+    causal: bool = param(False, "a query reads only keys at or before its own position")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, object], owner: str = "") -> Self:
+        """Make parameters from named values. Strings are converted. Raises `UserError` naming the culprit."""
+        hints = get_type_hints(cls)
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            if name not in known:
+                raise unknown("parameter", name, known, owner)
+        return cls(**{name: _convert(name, value, hints[name], owner) for name, value in values.items()})
+
+    def problems(self, shape: Shape) -> list[str]:
+        """Why these values make no sense at `shape`; empty when they do. Methods extend it."""
+        found = []
+        for f in fields(self):
+            value, low, most = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("at_most")
+            if low is not None and value < low:
+                found.append(f"{f.name} = {value} is below its least value {low}")
+            if most and value > getattr(shape, most):
+                name = {"n": "N", "keys": "M (keys)"}.get(most, most)
+                found.append(f"{f.name} = {value} exceeds {name} = {getattr(shape, most)}: lower {f.name}")
+        return found
+
+    def fitted(self, shape: Shape) -> Self:
+        """These parameters with every bounded value clamped to `shape`."""
+        bounded = {f.name: f.metadata["at_most"] for f in fields(self) if f.metadata.get("at_most")}
+        return replace(self, **{name: min(getattr(self, name), getattr(shape, most)) for name, most in bounded.items()})
+
+    def as_dict(self) -> dict[str, Any]:
+        """Field -> value, every field, defaults included."""
+        return dataclasses.asdict(self)
+
+
+def _convert(name: str, value: object, hint: Any, owner: str) -> object:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise unknown(f"value of {owner}.{name}" if owner else f"value of {name}", value, map(str, get_args(hint)))
+        return value
+    text = str(value).strip()
+    if hint is bool and (isinstance(value, bool) or text.lower() in {"true", "false"}):
+        return value if isinstance(value, bool) else text.lower() == "true"
+    if hint in (int, float) and not isinstance(value, bool):
+        try:
+            number = float(text)
+        except ValueError:
+            number = float("nan")
+        if hint is float and number == number:
+            return number
+        if hint is int and number == number and number == int(number):
+            return int(number)
+    if hint is str and isinstance(value, str):
+        return value
+    raise UserError(f"{owner + '.' if owner else ''}{name} = {value!r} is not of type {hint.__name__}")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one forward call over the whole batch, all heads.
+
+    A multiply-add is 2 FLOP; matrix products are counted over the pairs really scored; exp and division are not.
+    """
+
+    flops: Mapping[str, int]
+    """stage -> FLOP of the forward pass"""
+    elements: int
+    """elements of the input dtype that must cross device memory: inputs once, output once, gathers with multiplicity"""
+    index_bytes: int = 0
+    """bytes of indices and statistics that must exist in memory"""
+    recomputes: bool = True
+    """whether the backward pass computes the scores again (2.5 times the forward work, else 2)"""
+
+    @classmethod
+    def of(cls, shape: Shape, flops: Mapping[str, int], *, extra: int = 0, index_bytes: int = 0, recomputes: bool = True) -> Self:
+        """A cost whose traffic is q, k, v and the output once, plus `extra` elements."""
+        s = shape
+        io = s.batch * (s.heads * s.n * (s.dim + s.dim_v) + s.kv_heads * s.keys * (s.dim + s.dim_v))
+        return cls(dict(flops), io + extra, index_bytes, recomputes)
+
+    def total(self, mode: str = "forward") -> int:
+        """FLOP of `forward` or `forward+backward`."""
+        forward = sum(self.flops.values())
+        return forward if mode == "forward" else forward + (5 * forward // 2 if self.recomputes else 2 * forward)
+
+    def bytes(self, element_size: int, mode: str = "forward") -> int:
+        """Compulsory memory traffic; the backward pass reads and writes each tensor and its gradient once."""
+        forward = self.elements * element_size + self.index_bytes
+        return forward if mode == "forward" else 3 * forward
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a method or an implementation can run, as data."""
+
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
+    max_dim: int | None = None
+    """largest head dimension"""
+    dim_multiple: int = 1
+    """head dimensions must be multiples of this"""
+    gqa: bool = True
+    """fewer key heads than query heads"""
+    value_dim: bool = True
+    """a head dimension of v other than that of q"""
+    cross: bool = False
+    """a number of keys other than that of queries"""
+    no_causal: str = ""
+    """why there is no causal form; empty where there is one"""
+    no_backward: str = ""
+    """why there is no backward pass; empty where there is one"""
+    no_graph: str = ""
+    """why it cannot be captured in a CUDA graph; empty where it can"""
+    extra: Callable[[Shape, Params, torch.dtype, str], list[str]] | None = None
+    """further reasons"""
+
+    def reasons(
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: str,
+        params: Params | None = None,
+        *,
+        backward: bool = False,
+        graph: bool = False,
+    ) -> list[str]:
+        """Why such a call is not supported; empty means it is. `device` is a type: `cpu` or `cuda`."""
+        p = params or Params()
+        name = str(dtype).removeprefix("torch.")
+        checks = (
+            (device not in self.devices, f"runs on {' and '.join(self.devices)} only, not on {device}"),
+            (name not in self.dtypes, f"takes {', '.join(self.dtypes)}, not {name}"),
+            (self.max_dim is not None and max(shape.dim, shape.dim_v) > (self.max_dim or 0),
+             f"head dimension {max(shape.dim, shape.dim_v)} exceeds {self.max_dim}"),
+            (bool(shape.dim % self.dim_multiple or shape.dim_v % self.dim_multiple),
+             f"head dimension {shape.dim} is not a multiple of {self.dim_multiple}"),
+            (not self.gqa and shape.kv_heads != shape.heads, f"needs as many key heads as query heads, not {shape.kv_heads} for {shape.heads}"),
+            (not self.value_dim and shape.dim_v != shape.dim, f"needs Dv = D, not {shape.dim_v} and {shape.dim}"),
+            (not self.cross and shape.keys != shape.n, f"needs as many keys as queries, not {shape.keys} for {shape.n}"),
+            (p.causal and bool(self.no_causal), f"no causal form: {self.no_causal}"),
+            (backward and bool(self.no_backward), f"no backward pass: {self.no_backward}"),
+            (graph and bool(self.no_graph), f"no CUDA graph: {self.no_graph}"),
+        )  # fmt: skip
+        found = [reason for fails, reason in checks if fails]
+        return found + (self.extra(shape, p, dtype, device) if self.extra else [])
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to run a method: `target` names a function `(q, k, v, params) -> Tensor`, imported when first run."""
+
+    name: str
+    target: str
+    """`package.module:function`"""
+    limits: Limits = Limits()
+    requires: tuple[str, ...] = ()
+    """packages that must be importable"""
+    operators: tuple[str, ...] = ()
+    """torch operators (`aten::...` or `library::...`) of which at least one must be dispatched when this runs"""
+    witness: str = ""
+    """`package.module:function` of `(q, k, v, params) -> str`, naming the operator where torch does not dispatch it"""
+    layout: Literal["bhnd", "bnhd"] = "bhnd"
+    """`bnhd`: the function takes and returns `[B, N, H, D]`; inputs are converted before any clock starts"""
+    note: str = ""
+
+    def load(self) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
+        """Import the function. Raises `ImportError`."""
+        return _resolve(self.target)
+
+    def missing(self) -> str:
+        """Why it cannot be imported here; empty when it can."""
+        for package in self.requires:
+            if importlib.util.find_spec(package) is None:
+                return f"package {package.replace('_', '-')} is not installed"
+        try:
+            self.load()
+        except Exception as error:  # a broken optional package may raise anything at import
+            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'import failed'}"
+        return ""
+
+
+def _resolve(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Citation:
+    """Where a method comes from."""
+
+    authors: str
+    """`Surname` or `Surname et al.`"""
+    year: int
+    title: str
+    url: str
+    venue: str = ""
+
+    @property
+    def short(self) -> str:
+        """`Surname et al. 2021`"""
+        return f"{self.authors} {self.year}"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One attention method. `method(q, k, v, **params)` runs it."""
+
+    name: str
+    """the file's name"""
+    title: str
+    """as a figure prints it"""
+    coordinates: Coordinates
+    citation: Citation
+    params: type[Params]
+    reference: Callable[..., Tensor]
+    """`(q, k, v, params, rows=None) -> [B, H, N, Dv]`: the definition. `rows` (1-D positions) asks for those queries alone;
+    a reference without that argument can be gated only at lengths where the whole of it fits."""
+    cost: Callable[[Shape, Any], Cost]
+    experts: Callable[[Tensor, Tensor, Tensor, Any], FastWeights] | None = None
+    """`(q, k, v, params) -> FastWeights`, where the method can be written so"""
+    no_experts: str = ""
+    """why it cannot"""
+    limits: Limits = Limits()
+    """limits of the definition itself"""
+    implementations: tuple[Implementation, ...] = ()
+    """best first"""
+    builder: Callable[..., nn.Module] | None = None
+    """`(shape, params) -> nn.Module` with forward `(q, k, v)`, where the method has learned parameters"""
+    exact: bool = False
+    """whether it computes softmax attention itself"""
+    selective: bool = False
+    """whether it selects keys or experts by comparing scores, so that rounding may flip a near tie"""
+    library: bool = False
+    """whether the method is a library's kernel: then its reference only defines it, and runs only when pinned"""
+    pinned: str = ""
+    """the implementation that `get("name@impl")` asked for"""
+
+    @property
+    def family(self) -> Family:
+        """Coarse place in the taxonomy."""
+        return self.coordinates.family
+
+    @property
+    def label(self) -> str:
+        """`name`, or `name@impl` when an implementation is pinned."""
+        return f"{self.name}@{self.pinned}" if self.pinned else self.name
+
+    @cached_property
+    def takes_rows(self) -> bool:
+        """Whether the reference can return some queries alone."""
+        return "rows" in inspect.signature(self.reference).parameters
+
+    def implementation(self, name: str) -> Implementation:
+        """The implementation called `name`. Raises `UserError` naming those there are."""
+        if name == EAGER:
+            return Implementation(EAGER, f"{self.reference.__module__}:{self.reference.__name__}", self.limits)
+        for item in self.implementations:
+            if item.name == name:
+                return item
+        raise unknown("implementation", name, [EAGER, *(i.name for i in self.implementations)], self.name)
+
+    def function(self, implementation: Implementation) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
+        """The function of an implementation, in its own layout. Raises `ImportError`."""
+        return self.reference if implementation.name == EAGER else implementation.load()
+
+    def all_implementations(self) -> list[Implementation]:
+        """Every implementation, best first, the eager reference last."""
+        return [*self.implementations, self.implementation(EAGER)]
+
+    def reasons(
+        self, implementation: Implementation, shape: Shape, dtype: torch.dtype, device: str, params: Params, *, backward: bool = False, graph: bool = False
+    ) -> list[str]:
+        """Why this implementation cannot run such a call here, importability included; empty when it can."""
+        found = self.limits.reasons(shape, dtype, device, params, backward=backward, graph=graph)
+        if implementation.name == EAGER:
+            return found
+        missing = implementation.missing()
+        own = implementation.limits.reasons(shape, dtype, device, params, backward=backward, graph=graph)
+        return list(dict.fromkeys([*found, *own, *([missing] if missing else [])]))
+
+    def choose(
+        self, shape: Shape, dtype: torch.dtype, device: str, params: Params, *, backward: bool = False, graph: bool = False
+    ) -> tuple[Implementation | None, list[str]]:
+        """The pinned implementation, else the best supported, and why not where there is none."""
+        candidates = self.implementations if self.library else self.all_implementations()
+        options = [self.implementation(self.pinned)] if self.pinned else candidates
+        why: list[str] = []
+        for option in options:
+            found = self.reasons(option, shape, dtype, device, params, backward=backward, graph=graph)
+            if not found:
+                return option, []
+            why += [f"{self.name}@{option.name}: {reason}" for reason in found]
+        return None, why
+
+    def run(self, implementation: Implementation, q: Tensor, k: Tensor, v: Tensor, params: Params) -> Tensor:
+        """Call an implementation with `[B, H, N, D]` tensors, converting layouts on the way."""
+        function = self.function(implementation)
+        if implementation.layout == "bhnd":
+            return function(q, k, v, params)
+        return function(*(x.transpose(1, 2) for x in (q, k, v)), params).transpose(1, 2)
+
+    def parse(self, values: Mapping[str, object]) -> Params:
+        """Parameters of this method from named values. Raises `UserError`."""
+        return self.params.parse(values, self.name)
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **params: object) -> Tensor:
+        """Run the method on `[B, H, N, D]` tensors.
+
+        Raises `UserError` for parameters or shapes that make no sense or that nothing here supports.
+        """
+        shape, p = Shape.of(q, k, v), self.parse(params)
+        if problems := p.problems(shape):
+            raise UserError(f"{self.name}: {'; '.join(problems)}")
+        backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        chosen, why = self.choose(shape, q.dtype, q.device.type, p, backward=backward)
+        if chosen is None:
+            raise UserError("; ".join(why))
+        return self.run(chosen, q, k, v, p)
+
+    def build(self, shape: Shape, **params: object) -> nn.Module:
+        """A module with forward `(q, k, v) -> [B, H, N, Dv]` that owns the method's learned parameters, if it has any."""
+        p = self.parse(params)
+        return self.builder(shape, p) if self.builder else AttentionModule(self, p)
+
+
+class AttentionModule(nn.Module):
+    """A method without learned parameters, as a module."""
+
+    def __init__(self, method: Method, params: Params) -> None:
+        super().__init__()
+        self.method, self.params = method, params
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`q, k, v: [B, H, N, D]` -> `[B, H, N, Dv]`."""
+        return self.method(q, k, v, **self.params.as_dict())

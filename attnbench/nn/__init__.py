@@ -1,0 +1,1 @@
+"""Room for layers that a method is plugged into to be trained."""

@@ -1,0 +1,1 @@
+"""The questions that attnbench asks, one TOML file each."""
