@@ -1,0 +1,70 @@
+"""Records as one table: a row for the latest attempt at each cell, one column a fact, nothing derived."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from attnbench import store
+from attnbench.stats import median
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from attnbench.record import Record
+
+
+def load(results: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The table of all records below `results`, and notes about repaired files. Raises `UserError`.
+
+    Columns: `suite`, `device`, `label` (`method@implementation` as asked), `method`, `implementation` (what ran), the fields of
+    the case, `params` (JSON), `status`, `reason`, `samples_s` (tuple), `time_s` (median), memory in `*_bytes`, `flops`, `bytes`,
+    one column a task metric, and the environment's `gpu`, `copy_bytes_per_s`, `matmul_flops_per_s` where measured.
+    """
+    rows: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for file in store.find(results):
+        loaded = store.read(file)
+        notes += loaded.notes
+        known = store.environments(file)
+        rows += [_row(r, file.parent.parent.name, known.get(r.env_id, {})) for r in store.latest(loaded.records)]
+    return pd.DataFrame(rows), notes
+
+
+def _row(record: Record, suite: str, environment: dict[str, Any]) -> dict[str, Any]:
+    case = record.case.as_dict()
+    ceilings = environment.get("ceilings", {})
+    row = {
+        **case,
+        "suite": suite,
+        "device": environment.get("device", ""),
+        "case_id": record.case.case_id,
+        "env_id": record.env_id,
+        "label": record.case.label,
+        "asked": record.case.implementation,
+        "implementation": record.implementation,
+        "params": json.dumps(case["params"], sort_keys=True),
+        "status": str(record.status),
+        "reason": "; ".join(record.reasons),
+        "flops": record.flops,
+        "bytes": record.bytes,
+        "command": record.command,
+        "commit": record.commit,
+        "operator": record.gate.operator if record.gate else "",
+        "copy_bytes_per_s": ceilings.get("copy_bytes_per_s"),
+        "matmul_flops_per_s": ceilings.get(f"matmul_{case['dtype']}_flops_per_s"),
+        **record.metrics,
+    }
+    if record.timing:
+        row |= {
+            "samples_s": record.timing.samples_s,
+            "time_s": median(record.timing.samples_s),
+            "first_call_s": record.timing.first_call_s,
+            "throttled": record.timing.throttled,
+            "clock": record.timing.clock,
+        }
+    if record.memory:
+        row |= {k: v for k, v in vars(record.memory).items() if k.endswith("_bytes")}
+    return row

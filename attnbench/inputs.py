@@ -1,0 +1,125 @@
+"""Input profiles: a case's q, k, v, seeded, drawn the same on every device, and hashed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnbench.errors import UserError, unknown
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Generator, Tensor
+
+    from attnbench.method import Shape
+
+Inputs = tuple["Tensor", "Tensor", "Tensor"]
+
+
+def _normal(shape: Shape, g: Generator) -> Inputs:
+    """Independent standard normal entries: nothing to find, the hardest case for any selection."""
+    kv = (shape.batch, shape.kv_heads, shape.keys)
+    return (
+        torch.randn(shape.batch, shape.heads, shape.n, shape.dim, generator=g),
+        torch.randn(*kv, shape.dim, generator=g),
+        torch.randn(*kv, shape.dim_v, generator=g),
+    )
+
+
+def _clustered(shape: Shape, g: Generator) -> Inputs:
+    """Queries and keys around shared centres, a cluster being a contiguous run of about sqrt(N) tokens; values follow the cluster."""
+    q, k, v = _normal(shape, g)
+    clusters = max(1, round(shape.keys**0.5))
+    centres = torch.randn(shape.batch, shape.kv_heads, clusters, shape.dim, generator=g)
+    meanings = torch.randn(shape.batch, shape.kv_heads, clusters, shape.dim_v, generator=g)
+    of_key = torch.arange(shape.keys) * clusters // shape.keys
+    of_query = torch.arange(shape.n) * clusters // shape.n
+    groups = shape.heads // shape.kv_heads
+    spread, pull = 0.5, 1.5
+    k, v = spread * k + pull * centres[:, :, of_key], spread * v + meanings[:, :, of_key]
+    return spread * q + pull * centres.repeat_interleave(groups, 1)[:, :, of_query], k, v
+
+
+def _needle(shape: Shape, g: Generator) -> Inputs:
+    """Each query has one key, anywhere, that carries nearly all of its softmax mass."""
+    q, k, v = _normal(shape, g)
+    match = torch.randint(shape.keys, (shape.n,), generator=g)
+    unit = torch.nn.functional.normalize(k, dim=-1).repeat_interleave(shape.heads // shape.kv_heads, 1)
+    # the needle's logit exceeds the rest, of unit variance, by about 2 log M: its weight is then near 1
+    strength = shape.dim**0.5 * 2 * torch.tensor(float(max(2, shape.keys))).log()
+    norms = k.norm(dim=-1, keepdim=True).repeat_interleave(shape.heads // shape.kv_heads, 1)
+    return 0.1 * q + strength / norms[:, :, match] * unit[:, :, match], k, v
+
+
+def _local(shape: Shape, g: Generator) -> Inputs:
+    """Rotary-like locality: logits fall off with distance, since q and k share slowly turning phases."""
+    q, k, v = _normal(shape, g)
+    half = shape.dim // 2
+    frequency = 10000.0 ** (-torch.arange(half) / max(1, half))
+
+    def turned(x: Tensor) -> Tensor:
+        angle = torch.arange(x.shape[2])[:, None] * frequency
+        x = 0.5 * x
+        x[..., :half] += 1.5 * angle.cos()
+        x[..., half : 2 * half] += 1.5 * angle.sin()
+        return x
+
+    return turned(q), turned(k), v
+
+
+PROFILES: dict[str, Callable[[Shape, Generator], Inputs] | None] = {
+    "randn": _normal,
+    "clustered": _clustered,
+    "needle": _needle,
+    "local": _local,
+    "file": None,
+}
+"""Profile name -> generator; `file:PATH` reads q, k, v from a .safetensors file."""
+
+
+def draw(profile: str, shape: Shape, seed: int, dtype: torch.dtype, device: str) -> Inputs:
+    """q, k, v of a profile on `device`. Raises `UserError` for an unknown profile or a file that does not fit."""
+    name, _, path = profile.partition(":")
+    if name not in PROFILES:
+        raise unknown("profile", profile, PROFILES)
+    generator = PROFILES[name]
+    tensors = _read(path, shape) if generator is None else generator(shape, torch.Generator().manual_seed(seed))
+    q, k, v = (x.to(device=device, dtype=dtype).contiguous() for x in tensors)
+    return q, k, v
+
+
+def _read(path: str, shape: Shape) -> Inputs:
+    if not path:
+        raise UserError("profile file needs a path: write file:PATH.safetensors")
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise UserError("profile file needs the package safetensors: pip install attnbench[files]") from None
+    try:
+        data = load_file(Path(path))
+    except Exception as error:  # safetensors raises its own untyped errors
+        raise UserError(f"cannot read {path}: {error}") from None
+    wanted = {
+        "q": (shape.batch, shape.heads, shape.n, shape.dim),
+        "k": (shape.batch, shape.kv_heads, shape.keys, shape.dim),
+        "v": (shape.batch, shape.kv_heads, shape.keys, shape.dim_v),
+    }
+    for key, size in wanted.items():
+        if key not in data:
+            raise UserError(f"{path} holds no tensor {key!r}: it needs q, k and v as [B, H, N, D]")
+        if any(have < want for have, want in zip(data[key].shape, size, strict=False)) or data[key].ndim != 4:
+            raise UserError(f"{path}: {key} is {list(data[key].shape)}, the case needs at least {list(size)}")
+    q, k, v = (data[key][tuple(slice(n) for n in size)] for key, size in wanted.items())
+    return q, k, v
+
+
+def digest(tensors: Inputs) -> str:
+    """Hash of the bytes of q, k, v, the same on every device."""
+    h = hashlib.sha256()
+    for x in tensors:
+        h.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()[:16]

@@ -1,0 +1,163 @@
+"""What one attempt at one case left behind: the schema of the results."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+from attnbench.errors import UserError
+from attnbench.suite import Case
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+SCHEMA = 1
+"""Number of the record format; a reader refuses others."""
+
+
+class Status(StrEnum):
+    """How an attempt ended."""
+
+    OK = "ok"
+    """Passed the gate and was measured."""
+    UNSUPPORTED = "unsupported"
+    """Limits say no; `reasons` says why."""
+    INCORRECT = "incorrect"
+    """Failed the gate; `gate` keeps the numbers."""
+    OOM = "oom"
+    """Out of memory; `wanted_bytes` where the allocator said how much."""
+    TIMEOUT = "timeout"
+    """Outran its time and was killed."""
+    ERROR = "error"
+    """Raised, or its process died."""
+    SKIPPED = "skipped"
+    """Not tried, because the same series failed for size at a shorter length."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Timed calls of a cell, in seconds."""
+
+    samples_s: tuple[float, ...]
+    """every timed call, in order"""
+    first_call_s: float
+    """the first call of all, compilation and warm-up included"""
+    clock: str
+    """`cuda-event`, `cuda-graph` or `cpu`"""
+    calls_per_sample: int = 1
+    throttled: int = 0
+    """samples during which the GPU reported a thermal or power brake or ran far under its usual clock"""
+    sm_clock_mhz: tuple[int, ...] = ()
+    """SM clock read after each round of samples"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on top of what the inputs take."""
+
+    peak_bytes: int
+    """peak of the whole call minus what was allocated once the inputs existed"""
+    output_bytes: int
+    saved_bytes: int
+    """held for the backward pass beside inputs and output; 0 in forward mode"""
+    workspace_bytes: int
+    """peak minus output and saved"""
+    input_bytes: int
+    """q, k, v (and the output's gradient), not part of the peak"""
+    source: str
+    """which allocator was read"""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The check against the float64 definition, before any timing."""
+
+    passed: bool
+    errors: Mapping[str, float]
+    """tensor and measure -> error of this implementation against the float64 definition"""
+    bounds: Mapping[str, float]
+    """the same keys -> the largest error allowed"""
+    rows: int
+    """queries compared in each of `heads` heads"""
+    heads: int
+    deterministic: bool
+    """whether a second call gave the same bits"""
+    operator: str = ""
+    """kernel or operator that was seen to run"""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One attempt. Timing and memory exist only for `ok`."""
+
+    case: Case
+    status: Status
+    env_id: str
+    """key of the environment in env.json"""
+    implementation: str = ""
+    """what ran, not what was asked for"""
+    reasons: tuple[str, ...] = ()
+    started: str = ""
+    """UTC, ISO 8601"""
+    commit: str = ""
+    """of the checkout that ran, with `+` where it had uncommitted changes"""
+    command: str = ""
+    """runs this cell again"""
+    input_hash: str = ""
+    """of the bytes of q, k, v"""
+    flops: int | None = None
+    """work of the whole call by the method's cost model"""
+    bytes: int | None = None
+    """compulsory memory traffic by the method's cost model"""
+    timing: Timing | None = None
+    memory: Memory | None = None
+    gate: Gate | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """results of the task other than time and memory"""
+    wanted_bytes: int | None = None
+    """allocation that failed, for `oom`"""
+    limit_s: float | None = None
+    """time allowed, for `timeout`"""
+
+    def __post_init__(self) -> None:
+        if (self.timing or self.memory or self.metrics) and self.status is not Status.OK:
+            raise ValueError(f"a record with status {self.status} may not hold measurements")
+
+    def to_json(self) -> str:
+        """One line."""
+        data = {"schema": SCHEMA, "case_id": self.case.case_id, **asdict(self), "case": self.case.as_dict()}
+        return json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, line: str) -> Record:
+        """Read one line. Raises `UserError` for another schema, `ValueError` for a torn line."""
+        data = json.loads(line)
+        if not isinstance(data, dict):
+            raise ValueError("not a record")  # noqa: TRY004 (a torn line is a bad value)
+        if data.get("schema") != SCHEMA:
+            raise UserError(f"record has schema {data.get('schema')}, this version reads {SCHEMA}: use the version that wrote it, or start a new folder")
+        parts = {"timing": Timing, "memory": Memory, "gate": Gate}
+        values = {f.name: _restored(data[f.name]) for f in fields(cls) if f.name in data}
+        for name, kind in parts.items():
+            if values.get(name) is not None:
+                values[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
+        return cls(**{**values, "case": Case.from_dict(data["case"]), "status": Status(values["status"]), "reasons": tuple(values["reasons"])})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def _restored(value: Any) -> Any:
+    if value in ("nan", "inf", "-inf"):
+        return float(value)
+    if isinstance(value, dict):
+        return {k: _restored(v) for k, v in value.items()}
+    return [_restored(v) for v in value] if isinstance(value, list) else value

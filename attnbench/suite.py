@@ -1,0 +1,283 @@
+"""A suite: a question, written as TOML, that expands to cases. Nothing here runs a method."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+import tomllib
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from attnbench.errors import UserError, unknown
+from attnbench.inputs import PROFILES
+from attnbench.method import Shape
+from attnbench.registry import get
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from attnbench.method import Method, Params
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "dtype": ("float64", "float32", "bfloat16", "float16"),
+    "mode": ("forward", "forward+backward"),
+    "l2": ("cold", "warm"),
+    "task": ("speed", "fidelity"),
+}
+"""Values of the axes that are words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One cell: everything that determines a number, and nothing else."""
+
+    task: str
+    method: str
+    implementation: str = ""
+    """as asked for; empty means the best supported"""
+    params: tuple[tuple[str, Any], ...] = ()
+    """every hyper-parameter, defaults included, by name"""
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 0
+    n: int = 1024
+    dim: int = 64
+    dim_v: int = 0
+    dtype: str = "float32"
+    mode: str = "forward"
+    profile: str = "randn"
+    """how q, k, v are drawn; `file:PATH` reads them"""
+    seed: int = 0
+    l2: str = "cold"
+    """whether the GPU's second-level cache is flushed before each timed call"""
+    graph: bool = False
+    """whether a captured CUDA graph is timed, which leaves launch overhead out"""
+    replicate: int = 0
+    """above 0: the same cell measured again, for the noise floor"""
+
+    @cached_property
+    def case_id(self) -> str:
+        """Hash of the canonical form."""
+        text = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form; `Case.from_dict` reads it back."""
+        return asdict(self) | {"params": dict(self.params)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Case:
+        """Read the JSON form. Raises `UserError` for fields of another schema."""
+        known = {f.name for f in fields(cls)}
+        for key in data:
+            if key not in known:
+                raise unknown("case field", key, known)
+        return cls(**{**data, "params": tuple(sorted(data["params"].items()))})
+
+    @property
+    def label(self) -> str:
+        """`method` or `method@implementation`."""
+        return f"{self.method}@{self.implementation}" if self.implementation else self.method
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the call."""
+        return Shape(self.batch, self.heads, self.n, self.dim, self.kv_heads, 0, self.dim_v)
+
+    @property
+    def series(self) -> Case:
+        """The same case at every length: cases with equal series differ in n alone."""
+        return replace(self, n=0, replicate=0)
+
+    def resolve(self) -> tuple[Method, Params]:
+        """The method, pinned as asked, and its parameters. Raises `UserError`."""
+        method = get(self.label)
+        return method, method.parse(dict(self.params))
+
+    def __str__(self) -> str:
+        return f"{self.label} N={self.n} {self.mode}" + (f" #{self.replicate}" if self.replicate else "")
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long to measure; it changes how sure a number is, not which number is sought."""
+
+    half_width: float = 0.01
+    """stop when the 95% interval of the median is narrower than this share of it on each side"""
+    budget_s: float = 1.0
+    """seconds of timed calls a cell, at most; three samples are always taken"""
+    max_samples: int = 200
+    timeout_s: float = 120.0
+    """seconds a cell may take in all before its worker is replaced"""
+    gate_rows: int = 256
+    """queries at which an output is held against the float64 definition"""
+    aa: bool = True
+    """measure one method of each point a second time, for the noise floor"""
+
+    def __post_init__(self) -> None:
+        for name in ("half_width", "budget_s", "max_samples", "timeout_s", "gate_rows"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} = {getattr(self, name)} must be above 0")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method of a suite; parameters given as lists sweep."""
+
+    name: str
+    params: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A question: methods, axes, and values that are fixed."""
+
+    name: str
+    title: str
+    question: str
+    task: str
+    methods: tuple[Entry, ...]
+    axes: Mapping[str, tuple[Any, ...]]
+    """axis -> values; an axis with one value is fixed"""
+    protocol: Protocol = Protocol()
+
+    def override(self, axes: Mapping[str, Sequence[object]], methods: Sequence[str], params: Mapping[str, Mapping[str, object]]) -> Suite:
+        """The suite with other axis values, only the `methods` named (added where absent), and other method parameters."""
+        merged = {**self.axes, **{_axis(k, self.name): _values(k, v, self.name) for k, v in axes.items()}}
+        entries = list(self.methods)
+        if methods:
+            by_name = [[e for e in self.methods if name in (e.name, e.name.partition("@")[0])] or [Entry(name)] for name in methods]
+            entries = [entry for group in by_name for entry in group]
+        for name in params:
+            if not any(name in (e.name, e.name.partition("@")[0]) for e in entries):
+                raise unknown("method", name, [e.name for e in entries], self.name)
+        entries = [
+            replace(e, params={**e.params, **{k: _listed(v) for k, v in (params.get(e.name) or params.get(e.name.partition("@")[0]) or {}).items()}})
+            for e in entries
+        ]
+        return replace(self, axes=merged, methods=tuple(entries))
+
+    def expand(self) -> tuple[Case, ...]:
+        """All cases, shortest first, shuffled within a length so that drift is no method's. Raises `UserError`."""
+        cases = [case for entry in self.methods for case in self._cases(entry)]
+        if self.protocol.aa and self.task == "speed":
+            cases += self._replicates(cases)
+        random.Random(self.name).shuffle(cases)
+        return tuple(sorted(dict.fromkeys(cases), key=lambda c: c.n))
+
+    def _cases(self, entry: Entry) -> Iterator[Case]:
+        method = get(entry.name)
+        for values in itertools.product(*entry.params.values()):
+            params = method.parse(dict(zip(entry.params, values, strict=True)))
+            for point in itertools.product(*self.axes.values()):
+                case = Case(
+                    task=self.task,
+                    method=method.name,
+                    implementation=method.pinned,
+                    params=tuple(sorted(params.as_dict().items())),
+                    **dict(zip(self.axes, point, strict=True)),
+                )
+                if problems := params.problems(case.shape):
+                    raise UserError(f"suite {self.name}: {case.label} at N = {case.n}: {'; '.join(problems)}")
+                yield case
+
+    def _replicates(self, cases: Sequence[Case]) -> Iterator[Case]:
+        first = get(self.methods[0].name)
+        yield from (replace(c, replicate=1) for c in cases if (c.method, c.implementation) == (first.name, first.pinned))
+
+
+_AXES = tuple(f.name for f in fields(Case) if f.name not in ("task", "method", "implementation", "params", "replicate"))
+
+
+def _axis(name: str, suite: str) -> str:
+    if name not in _AXES:
+        raise unknown("axis", name, _AXES, f"suite {suite}")
+    return name
+
+
+def _listed(value: object) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _values(axis: str, value: object, suite: str) -> tuple[Any, ...]:
+    values = _listed(value)
+    if not values:
+        raise UserError(f"suite {suite}: axis {axis} has no values")
+    return tuple(_value(axis, item, suite) for item in values)
+
+
+def _value(axis: str, item: object, suite: str) -> object:
+    if axis in CHOICES:
+        if item not in CHOICES[axis]:
+            raise unknown(f"value of {axis}", item, CHOICES[axis], f"suite {suite}")
+        return item
+    if axis == "profile":
+        if str(item).partition(":")[0] not in PROFILES:
+            raise unknown("profile", item, PROFILES, f"suite {suite}")
+        return str(item)
+    if axis == "graph":
+        if str(item).lower() not in ("true", "false"):
+            raise UserError(f"suite {suite}: graph = {item!r} must be true or false")
+        return str(item).lower() == "true"
+    least = 0 if axis in ("seed", "kv_heads", "dim_v") else 1
+    try:
+        number = int(str(item))
+    except ValueError:
+        number = least - 1
+    if number < least or isinstance(item, bool):
+        raise UserError(f"suite {suite}: {axis} = {item!r} must be a whole number of at least {least}")
+    return number
+
+
+def available() -> dict[str, Path]:
+    """Built-in suites: name -> file."""
+    folder = Path(str(files("attnbench.suites")))
+    return {p.stem: p for p in sorted(folder.glob("*.toml"))}
+
+
+def load(name: str) -> Suite:
+    """The built-in suite `name`, or the one in the TOML file at that path. Raises `UserError`."""
+    path = Path(name) if name.endswith(".toml") else available().get(name)
+    if path is None:
+        raise unknown("suite", name, available())
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read suite {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"suite {path} is not valid TOML: {error}") from None
+    return _suite(path.stem, data, str(path))
+
+
+def _suite(name: str, data: Mapping[str, Any], path: str) -> Suite:
+    _known(data, ("title", "question", "task", "axes", "fixed", "measure", "method"), path)
+    for key in ("task", "method"):
+        if key not in data:
+            raise UserError(f"{path} lacks {key!r}")
+    if data["task"] not in CHOICES["task"]:
+        raise unknown("task", data["task"], CHOICES["task"], path)
+    axes: dict[str, tuple[Any, ...]] = {}
+    for section in ("axes", "fixed"):
+        for key, value in data.get(section, {}).items():
+            if key in axes:
+                raise UserError(f"{path}: {key} stands under both [axes] and [fixed]: keep one")
+            axes[_axis(key, path)] = _values(key, value, path)
+    measure = data.get("measure", {})
+    _known(measure, [f.name for f in fields(Protocol)], f"{path} [measure]")
+    entries = []
+    for table in data["method"]:
+        if "name" not in table:
+            raise UserError(f"{path}: a [[method]] lacks its name")
+        entries.append(Entry(table["name"], {k: _listed(v) for k, v in table.items() if k != "name"}))
+    return Suite(name, data.get("title", name), data.get("question", ""), data["task"], tuple(entries), axes, Protocol(**measure))
+
+
+def _known(data: Mapping[str, Any], known: Iterable[str], path: str) -> None:
+    for key in data:
+        if key not in known:
+            raise unknown("key", key, known, path)
