@@ -1,0 +1,66 @@
+"""MiTA without a copy of keys for each query: queries sorted by expert, each expert attended once, parts merged by log-sum-exp."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from attnbench.eager import expand_heads, wide
+
+from ._landmarks import landmarks
+from ._varlen import Part, group_by_expert, make_part, merged_attention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .mita import MitaParams
+
+_TOKENS = 1 << 16  # tokens scored at a time, so that no float32 copy of all of q or k exists
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, params: MitaParams) -> Tensor:
+    """`[B, H, N, Dv]`. Memory beside inputs and output: sorted queries, M K keys and values a head, M scores a key in float32."""
+    k, v = expand_heads(q, k, v)
+    r = landmarks(q, params)
+    parts, scales = [], []
+    if params.shared:
+        parts.append(_shared_part(r, scaled_dot_product_attention(r, k, v), q.shape[2]))
+        scales.append(params.landmark_factor(q.shape[-1]))
+    if params.routed:
+        parts += _routed_parts(q, k, v, r, params)
+        scales += [q.shape[-1] ** -0.5] * params.experts_per_query
+    return merged_attention(q.flatten(0, 2), parts, scales).view(*q.shape[:3], -1)
+
+
+def _shared_part(r: Tensor, values: Tensor, n: int) -> Part:
+    """All queries of a head read its landmarks."""
+    heads, m = r.shape[0] * r.shape[1], r.shape[2]
+    edges = torch.arange(heads + 1, dtype=torch.int32, device=r.device)
+    return Part(None, r.flatten(0, 2), values.flatten(0, 2), edges * n, edges * m, n, m)
+
+
+def _routed_parts(q: Tensor, k: Tensor, v: Tensor, r: Tensor, params: MitaParams) -> list[Part]:
+    """One part for each of the S experts that a query reads; all of them have the same keys."""
+    members, routes = _select(q, k, r, params)
+    head = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(*q.shape[:2], 1, 1)
+    tokens, ids = (members + head * k.shape[2]).flatten(), (routes + head * params.landmarks).flatten(0, 2)
+    keys, values = k.flatten(0, 2)[tokens], v.flatten(0, 2)[tokens]
+    experts = q.shape[0] * q.shape[1] * params.landmarks
+    widths = torch.full((experts,), params.topk, device=q.device)
+    parts = []
+    for slot in ids.unbind(-1):
+        order, counts = group_by_expert(slot, experts)
+        parts.append(make_part(order, counts, keys, values, widths))
+    return parts
+
+
+@torch.no_grad()
+def _select(q: Tensor, k: Tensor, r: Tensor, params: MitaParams) -> tuple[Tensor, Tensor]:
+    """Tokens of each expert `[B, H, M, K]` and experts of each query `[B, H, N, S]`; selection has no gradient."""
+    r = wide(r)
+    probe = torch.cat([r @ wide(part).transpose(-1, -2) for part in k.split(_TOKENS, 2)], -1)
+    members = probe.topk(params.topk, -1).indices
+    routes = [(wide(part) @ r.transpose(-1, -2)).topk(params.experts_per_query, -1).indices for part in q.split(_TOKENS, 2)]
+    return members, torch.cat(routes, 2)
