@@ -1,0 +1,54 @@
+"""MoBA with queries sorted by block: each block is a segment of variable-length attention, and the parts of a query are merged."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnbench.eager import expand_heads
+
+from ._chunks import rows_per_chunk
+from ._varlen import Part, group_by_expert, make_part, merged_attention, offsets
+from .moba import block_lengths, block_means, choose
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .moba import MobaParams
+
+
+def varlen(q: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> Tensor:
+    """`q: [B, H, N, D]` -> `[B, H, N, Dv]`: one part for each of the K choices; causal, the first is the query's own block."""
+    chosen = _route(q, k, params)
+    parts = [_own_part(q, k, v, params)] if params.causal else []
+    parts += [_routed_part(slot, k, v, params) for slot in chosen[len(parts) :]]
+    out = merged_attention(q.reshape(-1, q.shape[3]), parts, q.shape[3] ** -0.5)
+    return out.view(*q.shape[:3], v.shape[3])
+
+
+def _route(q: Tensor, k: Tensor, params: MobaParams) -> Tensor:
+    """Chosen blocks `[S, B, H, N]`, -1 for none, scored by chunks of queries."""
+    means, rows = block_means(k, params), torch.arange(q.shape[2], device=q.device)
+    score_bytes = 3 * q.shape[0] * q.shape[1] * (means.shape[2] + q.shape[3]) * means.element_size()
+    parts = [choose(q[:, :, part], means, part, params) for part in torch.split(rows, rows_per_chunk(q, score_bytes))]
+    return torch.cat(parts, 2).movedim(3, 0)
+
+
+def _own_part(q: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> Part:
+    """Every query against its own block, causal: segments in the order of the sequence."""
+    k, v = expand_heads(q, k, v)
+    counts = block_lengths(k.shape[2], params, k.device).repeat(k.shape[0] * k.shape[1])
+    edges, longest = offsets(counts), min(params.block, k.shape[2])
+    return Part(None, k.flatten(0, 2), v.flatten(0, 2), edges, edges, longest, longest, causal=True)
+
+
+def _routed_part(slot: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> Part:
+    """Queries against the block that `slot: [B, H, N]` names; the heads of a group meet in the segments of their key head."""
+    b, h, _ = slot.shape
+    lengths = block_lengths(k.shape[2], params, k.device)
+    segments = k.shape[0] * k.shape[1] * len(lengths)
+    head = torch.arange(b * h, device=k.device).view(b, h, 1) // (h // k.shape[1])
+    ids = (head * len(lengths) + slot).masked_fill(slot < 0, segments)
+    order, counts = group_by_expert(ids.flatten(), segments)
+    return make_part(order, counts, k.flatten(0, 2), v.flatten(0, 2), lengths.repeat(k.shape[0] * k.shape[1]))

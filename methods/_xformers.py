@@ -1,0 +1,46 @@
+"""xformers' memory-efficient attention, imported so that its known obstacles are out of the way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ._optional import flash_attn_hidden, installed, preload_cuda_runtime
+
+preload_cuda_runtime()
+with flash_attn_hidden():
+    from xformers.ops import LowerTriangularMask, memory_efficient_attention
+    from xformers.ops.fmha import Inputs, dispatch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from attnbench.method import Params
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> Tensor:
+    """`q: [B, N, H, D]`, `k, v: [B, M, Hkv, D]` -> `[B, N, H, Dv]`."""
+    out: Tensor = memory_efficient_attention(*_grouped(q, k, v), attn_bias=LowerTriangularMask() if params.causal else None)
+    return out.flatten(2, 3) if out.ndim == 5 else out
+
+
+def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs as xformers wants shared key heads: `[B, N, Hkv, H / Hkv, D]`, keys repeated without a copy."""
+    heads = k.shape[2]
+    if heads == q.shape[2]:
+        return q, k, v
+    query = q.reshape(*q.shape[:2], heads, -1, q.shape[3])
+    key, value = (x.unsqueeze(3).expand(-1, -1, -1, query.shape[3], -1) for x in (k, v))
+    return query, key, value
+
+
+def witness(q: Tensor, k: Tensor, v: Tensor, params: Params) -> str:
+    """Version, and the names of the operators that xformers' dispatcher picks for `[B, N, H, D]` inputs."""
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    inputs = Inputs(*_grouped(q, k, v), attn_bias=LowerTriangularMask() if params.causal else None)
+    inputs.normalize_bmhk()
+    names = [dispatch._dispatch_fw(inputs, needs_gradient=backward).NAME]
+    if backward:
+        names.append(dispatch._dispatch_bw(inputs, varlen_lse_packed=None).NAME)
+    return f"{installed('xformers')}: {', '.join(names)}"

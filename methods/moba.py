@@ -1,0 +1,134 @@
+"""MoBA, mixture of block attention: each query attends to the K blocks of keys whose mean key it likes best.
+
+`s_ib = q_i . mean_{j in b} k_j`, `B_i = top-K_b s_ib`, `o_i = sum_{j in B_i} softmax_{j in B_i}(q_i . k_j / sqrt(D)) v_j`, one softmax over
+the keys of all chosen blocks. Lu et al. 2025, equations 2 to 6, https://arxiv.org/abs/2502.13189. Causal, the paper's form: the block of
+the query itself is always among the K and causal inside, later blocks never are. Bidirectional, our addition: no block is forced
+and none is hidden. A last block shorter than the others is averaged over its true length; where there are fewer than K blocks all
+are read. Scores are in at least float32, and no gradient flows through the choice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnbench.eager import attend, causal_mask, expand_heads, positions, take, wide
+from attnbench.fastweights import Bank, FastWeights
+from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
+from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
+
+from ._varlen import segment_reasons, varlen_reasons
+
+
+@dataclass(frozen=True, kw_only=True)
+class MobaParams(Params):
+    """Hyper-parameters of MoBA; the defaults are the paper's for 8192 tokens."""
+
+    block: int = param(512, "consecutive keys in a block", unit="keys", low=1)
+    topk: int = param(3, "blocks that each query reads, its own included where causal; all where there are fewer", unit="blocks", low=1)
+
+    def blocks(self, keys: int) -> int:
+        """Blocks that `keys` keys make, a short last one included."""
+        return -(-keys // self.block)
+
+
+def block_lengths(keys: int, params: MobaParams, device: torch.device) -> Tensor:
+    """Keys in each block `[E]`."""
+    starts = torch.arange(0, keys, params.block, device=device)
+    return (keys - starts).clamp(max=params.block)
+
+
+@torch.no_grad()
+def block_means(k: Tensor, params: MobaParams) -> Tensor:
+    """Mean key of each block, `[B, Hkv, M, D]` -> `[B, Hkv, E, D]` in at least float32."""
+    b, h, keys, d = k.shape
+    full = pad(wide(k), (0, 0, 0, -keys % params.block)).view(b, h, -1, params.block, d)
+    return full.sum(3) / block_lengths(keys, params, k.device)[:, None]
+
+
+@torch.no_grad()
+def choose(q: Tensor, means: Tensor, rows: Tensor, params: MobaParams) -> Tensor:
+    """Blocks `[B, H, R, S]` for the queries `q: [B, H, R, D]` at positions `rows`, best first; -1 where there is none.
+
+    `S = min(K, E)`. Causal, the query's own block comes first.
+    """
+    means, _ = expand_heads(q, means, means)
+    scores = wide(q) @ means.transpose(-1, -2)
+    if params.causal:
+        block, own = torch.arange(means.shape[2], device=q.device), rows[:, None] // params.block
+        scores = scores.masked_fill(block > own, float("-inf")).masked_fill(block == own, float("inf"))
+    best = scores.topk(min(params.topk, means.shape[2]), -1)
+    return best.indices.masked_fill(best.values == float("-inf"), -1)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, params: MobaParams, rows: Tensor | None = None) -> Tensor:
+    """The definition."""
+    rows, q = positions(q, rows), take(q, rows)
+    chosen = choose(q, block_means(k, params), rows, params)
+    blocks, keys = params.blocks(k.shape[2]), k.shape[2]
+    read = torch.zeros(*chosen.shape[:3], blocks + 1, dtype=torch.bool, device=q.device)
+    read.scatter_(-1, chosen.masked_fill(chosen < 0, blocks), True)
+    mask = read[..., torch.arange(keys, device=q.device) // params.block]
+    k, v = expand_heads(q, k, v)
+    return attend(q, k, v, q.shape[-1] ** -0.5, mask & causal_mask(rows, keys) if params.causal else mask)
+
+
+def experts(q: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> FastWeights:
+    """One expert a block, as wide as the block; each query routed to min(K, E) of them."""
+    routes = choose(q, block_means(k, params), positions(q, None), params)
+    k, v = expand_heads(q, k, v)
+    keys = k.shape[2]
+    token = torch.arange(params.blocks(keys) * params.block, device=k.device).view(-1, params.block)[:, :keys]
+    index = token.masked_fill(token >= keys, -1).expand(*k.shape[:2], -1, -1)
+    return FastWeights((Bank(k, v, index, routes=routes, scale=q.shape[-1] ** -0.5, causal=params.causal),))
+
+
+def cost(shape: Shape, params: MobaParams) -> Cost:
+    """M D additions a key head for the means, 2 D FLOP for each block scored, 2 (D + Dv) for each key read.
+
+    Bidirectional, every query counts as reading K whole blocks (at most M keys): an upper bound where the last block is short.
+    """
+    n, block, blocks = shape.n, params.block, params.blocks(shape.keys)
+    scored, read = n * blocks, n * min(params.topk * block, shape.keys)
+    if params.causal:  # queries of block b score b blocks and read min(K - 1, b) of them, then their own up to themselves
+        lengths = [min(block, n - start) for start in range(0, n, block)]
+        scored = sum(b * length for b, length in enumerate(lengths))
+        read = sum(min(params.topk - 1, b) * block * length + length * (length + 1) // 2 for b, length in enumerate(lengths))
+    heads = shape.batch * shape.heads
+    flops = {
+        "pool": shape.batch * shape.kv_heads * shape.keys * shape.dim,
+        "route": 2 * heads * scored * shape.dim,
+        "score": 2 * heads * read * shape.dim,
+        "attend": 2 * heads * read * shape.dim_v,
+    }
+    return Cost.of(shape, flops, index_bytes=4 * heads * n * min(params.topk, blocks), selection=("pool", "route"))
+
+
+def _varlen_reasons(shape: Shape, params: Params, dtype: torch.dtype, device: str) -> list[str]:
+    assert isinstance(params, MobaParams)
+    segments = shape.batch * shape.heads * params.blocks(shape.keys)
+    return varlen_reasons(shape, params, dtype, device) + segment_reasons(segments, device)
+
+
+METHOD = Method(
+    name="moba",
+    title="MoBA",
+    coordinates=Coordinates(Scaling.ROUTING, Expert.MLP, Count.BLOCKS, Construction.LOCALITY_PRIOR, Topology.N_TO_BLOCKS),
+    citation=Citation("Lu et al.", 2025, "MoBA: Mixture of Block Attention", "https://arxiv.org/abs/2502.13189", "NeurIPS"),
+    params=MobaParams,
+    reference=reference,
+    experts=experts,
+    cost=cost,
+    implementations=(
+        Implementation(
+            "varlen",
+            "attnbench.methods._moba:varlen",
+            Limits(extra=_varlen_reasons, no_graph="the queries of each block are counted on the device and the counts read back"),
+            note="queries sorted by block, variable-length flash attention, merged by log-sum-exp",
+        ),
+    ),
+    selective=True,
+)
