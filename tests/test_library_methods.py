@@ -16,7 +16,6 @@ from torch.nn.functional import scaled_dot_product_attention
 import attnbench
 from attnbench.errors import UserError
 
-
 EMPTY = ("flash_attn/__init__.py", "")
 
 
