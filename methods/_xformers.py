@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
-
-import torch
 
 from ._optional import flash_attn_hidden, installed, preload_cuda_runtime
 
@@ -36,11 +35,11 @@ def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def witness(q: Tensor, k: Tensor, v: Tensor, params: Params) -> str:
-    """Version, and the names of the operators that xformers' dispatcher picks for `[B, N, H, D]` inputs."""
-    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
-    inputs = Inputs(*_grouped(q, k, v), attn_bias=LowerTriangularMask() if params.causal else None)
+    """Version, and the operators that xformers' dispatcher picks for `[B, H, N, D]` inputs: forward, then backward if there is one."""
+    moved = _grouped(*(x.transpose(1, 2) for x in (q, k, v)))
+    inputs = Inputs(*moved, attn_bias=LowerTriangularMask() if params.causal else None)
     inputs.normalize_bmhk()
-    names = [dispatch._dispatch_fw(inputs, needs_gradient=backward).NAME]
-    if backward:
+    names = [dispatch._dispatch_fw(inputs, needs_gradient=any(x.requires_grad for x in (q, k, v))).NAME]
+    with suppress(NotImplementedError):
         names.append(dispatch._dispatch_bw(inputs, varlen_lse_packed=None).NAME)
     return f"{installed('xformers')}: {', '.join(names)}"
