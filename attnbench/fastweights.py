@@ -74,30 +74,38 @@ class Bank:
         return self.experts if self.routes is None else self.routes.shape[-1]
 
     def _first(self) -> Tensor:
-        first = self.w1 if self.index is None else self.index
-        assert first is not None, "a bank needs w1 and w2, or index, keys and values"
-        return first
+        return _given(self.w1 if self.index is None else self.index)
+
+    def used(self, rows: Tensor) -> Tensor:
+        """Experts `[B, H, R or 1, S]` that the queries at `rows` use."""
+        if self.routes is not None:
+            return self.routes[:, :, rows]
+        first = self._first()
+        return torch.arange(first.shape[2], device=first.device).expand(*first.shape[:2], 1, -1)
+
+    def tokens(self, rows: Tensor) -> Tensor:
+        """Tokens `[B, H, R or 1, U]` of the hidden units those queries use: -1 an absent unit, -2 a compressed one."""
+        used = self.used(rows)
+        if self.index is None:
+            tokens = torch.full((*used.shape, self.width), -2, device=used.device)
+        else:
+            tokens = _gather(self.index, used.clamp(min=0))
+        return tokens.masked_fill((used < 0).unsqueeze(-1), -1).flatten(3, 4)
 
     def units(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Hidden units that the queries at `rows` use: weights `[B, H, R or 1, U, D]`, `[.., Dv]`, tokens `[B, H, R or 1, U]`.
-
-        A token of -1 is an absent unit, -2 a compressed one.
-        """
-        flat = self._first()
-        b, h, experts = flat.shape[:3]
-        routes = torch.arange(experts, device=flat.device).expand(b, h, 1, experts) if self.routes is None else self.routes[:, :, rows]
+        """Hidden units that the queries at `rows` use: weights `[B, H, R or 1, U, D]`, `[.., Dv]`, and their `tokens`."""
+        tokens = self.tokens(rows)
         if self.index is None:
-            assert self.w1 is not None and self.w2 is not None
-            w1, w2 = (_gather(w, routes.clamp(min=0)) for w in (self.w1, self.w2))
-            tokens = torch.full(w1.shape[:-1], -2, device=flat.device)
+            w1, w2 = (_gather(_given(w), self.used(rows).clamp(min=0)).flatten(3, 4) for w in (self.w1, self.w2))
         else:
-            assert self.keys is not None and self.values is not None
-            tokens = _gather(self.index, routes.clamp(min=0))
-            safe = tokens.clamp(min=0)
-            w1, w2 = (_gather(w.unsqueeze(3), safe.flatten(3)).unflatten(3, safe.shape[3:]) for w in (self.keys, self.values))
-            w1, w2 = w1.reshape(*tokens.shape, -1), w2.reshape(*tokens.shape, -1)
-        tokens = tokens.masked_fill((routes < 0).unsqueeze(-1), -1)
-        return w1.flatten(3, 4), w2.flatten(3, 4), tokens.flatten(3, 4)
+            w1, w2 = (_gather(_given(w), tokens.clamp(min=0)) for w in (self.keys, self.values))
+        return w1, w2, tokens
+
+
+def _given(x: Tensor | None) -> Tensor:
+    if x is None:
+        raise ValueError("a bank needs w1 and w2, or index, keys and values")
+    return x
 
 
 def _gather(source: Tensor, index: Tensor) -> Tensor:
@@ -165,7 +173,7 @@ def width_per_query(weights: FastWeights) -> float:
     total = 0.0
     for bank in weights.banks:
         rows = torch.arange(1 if bank.routes is None else bank.routes.shape[2], device=bank._first().device)
-        counts = [(bank.units(chunk)[2] != -1).sum(-1).double().mean() * len(chunk) for chunk in rows.split(256)]
+        counts = [(bank.tokens(chunk) != -1).sum(-1).double().mean() * len(chunk) for chunk in rows.split(256)]
         total += float(torch.stack(counts).sum()) / len(rows)
     return total
 
@@ -192,20 +200,28 @@ def kept(weights: FastWeights, keys: int) -> Tensor:
     return mask
 
 
-def recalled_mass(weights: FastWeights, q: Tensor, k: Tensor, rows: Tensor | None = None, causal: bool = False) -> Tensor | None:
-    """Softmax mass `[B, H, R]` that full attention puts on the tokens each query reads; None where no unit is a token."""
+def recall(weights: FastWeights, q: Tensor, k: Tensor, rows: Tensor | None = None, *, causal: bool = False) -> tuple[Tensor, Tensor] | None:
+    """How much of full softmax attention the tokens that each query reads would carry.
+
+    Returns the softmax mass `[B, H, R]` on those tokens, and whether `[B, H, R]` the heaviest token of all is among them; None
+    where no hidden unit is a token.
+    """
     if all(bank.compressed for bank in weights.banks):
         return None
     rows = positions(q, rows)
-    parts = []
-    for chunk in rows.split(max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))):
-        logits = wide(take(q, chunk)) @ wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5
-        if causal:
-            logits = logits.masked_fill(torch.arange(k.shape[2], device=q.device) > chunk[:, None], float("-inf"))
-        read = torch.zeros(*logits.shape[:3], k.shape[2] + 1, dtype=torch.bool, device=q.device)
-        for bank in weights.banks:
-            if not bank.compressed:
-                tokens = bank.units(chunk)[2].expand(*logits.shape[:3], -1)
-                read.scatter_(3, tokens.masked_fill(tokens < 0, k.shape[2]), True)
-        parts.append((logits.softmax(-1) * read[..., :-1]).sum(-1))
-    return torch.cat(parts, 2)
+    step = max(1, _CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = [_recall_rows(weights, take(q, chunk), k, chunk, causal) for chunk in rows.split(step)]
+    return torch.cat([mass for mass, _ in parts], 2), torch.cat([top for _, top in parts], 2)
+
+
+def _recall_rows(weights: FastWeights, q: Tensor, k: Tensor, rows: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    logits = wide(q) @ wide(k).transpose(-1, -2) * q.shape[-1] ** -0.5
+    if causal:
+        logits = logits.masked_fill(torch.arange(k.shape[2], device=q.device) > rows[:, None], float("-inf"))
+    read = torch.zeros(*logits.shape[:3], k.shape[2] + 1, dtype=torch.bool, device=q.device)
+    for bank in weights.banks:
+        if not bank.compressed:
+            tokens = bank.tokens(rows).expand(*logits.shape[:3], -1)
+            read.scatter_(3, tokens.masked_fill(tokens < 0, k.shape[2]), True)
+    read = read[..., :-1]
+    return (logits.softmax(-1) * read).sum(-1), read.gather(3, logits.argmax(-1, keepdim=True)).squeeze(-1)

@@ -7,6 +7,7 @@ model, limits, and any number of implementations that are imported only when the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
@@ -89,7 +90,8 @@ class Params:
         for name in values:
             if name not in known:
                 raise unknown("parameter", name, known, owner)
-        return cls(**{name: _convert(name, value, hints[name], owner) for name, value in values.items()})
+        converted: dict[str, Any] = {name: _convert(name, value, hints[name], owner) for name, value in values.items()}
+        return cls(**converted)
 
     def problems(self, shape: Shape) -> list[str]:
         """Why these values make no sense at `shape`; empty when they do. Methods extend it."""
@@ -122,14 +124,8 @@ def _convert(name: str, value: object, hint: Any, owner: str) -> object:
     if hint is bool and (isinstance(value, bool) or text.lower() in {"true", "false"}):
         return value if isinstance(value, bool) else text.lower() == "true"
     if hint in (int, float) and not isinstance(value, bool):
-        try:
-            number = float(text)
-        except ValueError:
-            number = float("nan")
-        if hint is float and number == number:
-            return number
-        if hint is int and number == number and number == int(number):
-            return int(number)
+        with contextlib.suppress(ValueError):
+            return hint(text)
     if hint is str and isinstance(value, str):
         return value
     raise UserError(f"{owner + '.' if owner else ''}{name} = {value!r} is not of type {hint.__name__}")
@@ -228,7 +224,8 @@ class Limits:
              f"head dimension {max(shape.dim, shape.dim_v)} exceeds {self.max_dim}"),
             (bool(shape.dim % self.dim_multiple or shape.dim_v % self.dim_multiple),
              f"head dimension {shape.dim} is not a multiple of {self.dim_multiple}"),
-            (not self.gqa and shape.kv_heads != shape.heads, f"needs as many key heads as query heads, not {shape.kv_heads} for {shape.heads}"),
+            (not self.gqa and shape.kv_heads != shape.heads,
+             f"needs as many key heads as query heads, not {shape.kv_heads} for {shape.heads}"),
             (not self.value_dim and shape.dim_v != shape.dim, f"needs Dv = D, not {shape.dim_v} and {shape.dim}"),
             (not self.cross and shape.keys != shape.n, f"needs as many keys as queries, not {shape.keys} for {shape.n}"),
             (p.causal and bool(self.no_causal), f"no causal form: {self.no_causal}"),
@@ -259,7 +256,8 @@ class Implementation:
 
     def load(self) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
         """Import the function. Raises `ImportError`."""
-        return _resolve(self.target)
+        function: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = resolve(self.target)
+        return function
 
     def missing(self) -> str:
         """Why it cannot be imported here; empty when it can."""
@@ -273,7 +271,8 @@ class Implementation:
         return ""
 
 
-def _resolve(target: str) -> Any:
+def resolve(target: str) -> Any:
+    """The object that `package.module:name` names. Raises `ImportError`."""
     module, _, name = target.partition(":")
     return getattr(importlib.import_module(module), name)
 
@@ -324,6 +323,8 @@ class Method:
     """whether it computes softmax attention itself"""
     selective: bool = False
     """whether it selects keys or experts by comparing scores, so that rounding may flip a near tie"""
+    couples_heads: bool = False
+    """whether one head's output depends on other heads"""
     library: bool = False
     """whether the method is a library's kernel: then its reference only defines it, and runs only when pinned"""
     pinned: str = ""
@@ -362,7 +363,15 @@ class Method:
         return [*self.implementations, self.implementation(EAGER)]
 
     def reasons(
-        self, implementation: Implementation, shape: Shape, dtype: torch.dtype, device: str, params: Params, *, backward: bool = False, graph: bool = False
+        self,
+        implementation: Implementation,
+        shape: Shape,
+        dtype: torch.dtype,
+        device: str,
+        params: Params,
+        *,
+        backward: bool = False,
+        graph: bool = False,
     ) -> list[str]:
         """Why this implementation cannot run such a call here, importability included; empty when it can."""
         found = self.limits.reasons(shape, dtype, device, params, backward=backward, graph=graph)
@@ -391,7 +400,7 @@ class Method:
         function = self.function(implementation)
         if implementation.layout == "bhnd":
             return function(q, k, v, params)
-        return function(*(x.transpose(1, 2) for x in (q, k, v)), params).transpose(1, 2)
+        return function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), params).transpose(1, 2)
 
     def parse(self, values: Mapping[str, object]) -> Params:
         """Parameters of this method from named values. Raises `UserError`."""

@@ -80,6 +80,8 @@ class Gate:
     """tensor and measure -> error of this implementation against the float64 definition"""
     bounds: Mapping[str, float]
     """the same keys -> the largest error allowed"""
+    n: int
+    """length at which it was checked: the case's own, or less where the definition cannot be sampled and would not fit"""
     rows: int
     """queries compared in each of `heads` heads"""
     heads: int
@@ -138,13 +140,17 @@ class Record:
         if not isinstance(data, dict):
             raise ValueError("not a record")  # noqa: TRY004 (a torn line is a bad value)
         if data.get("schema") != SCHEMA:
-            raise UserError(f"record has schema {data.get('schema')}, this version reads {SCHEMA}: use the version that wrote it, or start a new folder")
+            raise UserError(
+                f"record has schema {data.get('schema')}, this version reads {SCHEMA}: use the version that wrote it, or start a new folder"
+            )
         parts = {"timing": Timing, "memory": Memory, "gate": Gate}
         values = {f.name: _restored(data[f.name]) for f in fields(cls) if f.name in data}
         for name, kind in parts.items():
             if values.get(name) is not None:
                 values[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
-        return cls(**{**values, "case": Case.from_dict(data["case"]), "status": Status(values["status"]), "reasons": tuple(values["reasons"])})
+        return cls(
+            **{**values, "case": Case.from_dict(data["case"]), "status": Status(values["status"]), "reasons": tuple(values["reasons"])}
+        )
 
 
 def _finite(value: Any) -> Any:

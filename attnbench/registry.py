@@ -11,7 +11,6 @@ import traceback
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnbench.errors import UserError, unknown
@@ -19,6 +18,7 @@ from attnbench.method import Method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from pathlib import Path
     from types import ModuleType
 
 GROUP = "attnbench.methods"

@@ -54,7 +54,9 @@ def read(path: Path) -> Loaded:
     last = lines.pop()
     if last:
         result.torn = len(last)
-        result.notes.append(f"{path}: the last line was cut off after {len(last)} bytes and is left out; its cell will run again on --resume")
+        result.notes.append(
+            f"{path}: the last line was cut off after {len(last)} bytes and is left out; its cell will run again on --resume"
+        )
     for number, line in enumerate(lines, 1):
         try:
             result.records.append(Record.from_json(line.decode()))
@@ -156,7 +158,9 @@ class Store:
         except OSError as error:
             if self.file.exists():
                 os.truncate(self.file, before)
-            raise UserError(f"cannot write to {self.file}: {error.strerror}; free space and run again with --resume, nothing is lost") from None
+            raise UserError(
+                f"cannot write to {self.file}: {error.strerror}; free space and run again with --resume, nothing is lost"
+            ) from None
 
     def save_environment(self, env_id: str, environment: Mapping[str, Any]) -> None:
         """Add or refresh one environment, atomically."""

@@ -157,7 +157,13 @@ class Suite:
             if not any(name in (e.name, e.name.partition("@")[0]) for e in entries):
                 raise unknown("method", name, [e.name for e in entries], self.name)
         entries = [
-            replace(e, params={**e.params, **{k: _listed(v) for k, v in (params.get(e.name) or params.get(e.name.partition("@")[0]) or {}).items()}})
+            replace(
+                e,
+                params={
+                    **e.params,
+                    **{k: _listed(v) for k, v in (params.get(e.name) or params.get(e.name.partition("@")[0]) or {}).items()},
+                },
+            )
             for e in entries
         ]
         return replace(self, axes=merged, methods=tuple(entries))
@@ -166,7 +172,7 @@ class Suite:
         """All cases, shortest first, shuffled within a length so that drift is no method's. Raises `UserError`."""
         cases = [case for entry in self.methods for case in self._cases(entry)]
         if self.protocol.aa and self.task == "speed":
-            cases += self._replicates(cases)
+            cases += list(self._replicates(cases))
         random.Random(self.name).shuffle(cases)
         return tuple(sorted(dict.fromkeys(cases), key=lambda c: c.n))
 

@@ -176,6 +176,4 @@ def select(methods: Iterable[Method], **wanted: StrEnum) -> list[Method]:
 def rows(methods: Sequence[Method]) -> list[dict[str, str]]:
     """The paper's table as data: one dict a method, `method`, the five dimensions, `source`."""
     ordered = sorted(methods, key=lambda m: (list(Scaling).index(m.coordinates.scaling), m.name))
-    return [
-        {"method": m.title, "name": m.name, **m.coordinates.as_dict(), "source": m.citation.short} for m in ordered
-    ]
+    return [{"method": m.title, "name": m.name, **m.coordinates.as_dict(), "source": m.citation.short} for m in ordered]

@@ -1,0 +1,189 @@
+"""One case in this process: supported? correct? then warm, time, measure. Runs inside a worker."""
+
+from __future__ import annotations
+
+import gc
+import re
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from attnbench import check, environment, inputs, memory, timing
+from attnbench.errors import UserError
+from attnbench.isolate import Reply, limit_host_memory
+from attnbench.record import Record, Status
+from attnbench.registry import add_plugins
+from attnbench.tasks import TASKS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from attnbench.method import Implementation, Method, Params
+    from attnbench.suite import Case, Protocol
+
+ENVIRONMENT = "environment"
+"""Message that asks a worker what it runs on."""
+
+
+@dataclass
+class Bound:
+    """A method, an implementation, parameters and inputs, ready to be called again and again."""
+
+    function: Callable[..., Tensor]
+    params: Params
+    leaves: tuple[Tensor, ...]
+    """q, k, v in the implementation's own layout"""
+    gradient: Tensor | None
+    """gradient of the output, where a backward pass is wanted"""
+
+    @classmethod
+    def of(cls, method: Method, implementation: Implementation, params: Params, tensors: inputs.Inputs, *, backward: bool) -> Bound:
+        """Convert layouts and draw the output's gradient, before any clock starts."""
+        swap = implementation.layout == "bnhd"
+        q, v = tensors[0], tensors[2]
+        leaves = tuple((x.transpose(1, 2) if swap else x).detach().clone(memory_format=torch.contiguous_format) for x in tensors)
+        gradient = None
+        if backward:
+            gradient = torch.randn(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+            gradient = gradient.transpose(1, 2).contiguous() if swap else gradient
+        return cls(method.function(implementation), params, tuple(x.requires_grad_(backward) for x in leaves), gradient)
+
+    def forward(self) -> Tensor:
+        """The output; with a graph only where a backward pass is wanted."""
+        with torch.set_grad_enabled(self.gradient is not None):
+            return self.function(*self.leaves, self.params)
+
+    def backward(self, output: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k, v, into fresh buffers: nothing is accumulated."""
+        return torch.autograd.grad(output, self.leaves, self.gradient, allow_unused=True)
+
+    def __call__(self) -> object:
+        """The whole call, as the mode wants it."""
+        output = self.forward()
+        return output if self.gradient is None else (output, self.backward(output))
+
+    def copy(self) -> Bound:
+        """The same call on inputs of its own."""
+        return replace(self, leaves=tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in self.leaves))
+
+    @property
+    def input_bytes(self) -> int:
+        """q, k, v, and the output's gradient."""
+        return sum(x.nbytes for x in (*self.leaves, *([] if self.gradient is None else [self.gradient])))
+
+
+@dataclass
+class CellRunner:
+    """Runs cases one after another on a device; keeps the last inputs, since neighbouring cells share them."""
+
+    device: str
+    protocol: Protocol
+    monitor: environment.Monitor | None = None
+    _key: tuple[Any, ...] = ()
+    _inputs: tuple[inputs.Inputs, str] | None = field(default=None, repr=False)
+
+    def __call__(self, message: Case | str) -> Reply:
+        """Answer one message of the parent."""
+        if message == ENVIRONMENT:
+            return Reply(facts(self.device))
+        assert not isinstance(message, str), f"unknown message {message}"
+        record = self.attempt(message)
+        gc.collect()
+        if self.device == "cuda" and record.status is not Status.ERROR:
+            torch.cuda.empty_cache()
+        return Reply(record, reusable=record.status not in (Status.ERROR, Status.OOM))
+
+    def attempt(self, case: Case) -> Record:
+        """Run one case; whatever goes wrong becomes its status."""
+        try:
+            return self.run(case)
+        except UserError as error:
+            return Record(case, Status.ERROR, "", reasons=(str(error),))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            return _out_of_memory(case, error)
+        except Exception as error:  # a cell may raise anything and must not end the sweep
+            if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
+                return _out_of_memory(case, error)
+            first = str(error).strip().splitlines()
+            return Record(case, Status.ERROR, "", reasons=(f"{type(error).__name__}: {first[0][:300] if first else ''}",))
+
+    def run(self, case: Case) -> Record:
+        """Run one case. Raises whatever the implementation raises."""
+        method, params = case.resolve()
+        dtype, backward = getattr(torch, case.dtype), case.mode == "forward+backward"
+        chosen, why = method.choose(case.shape, dtype, self.device, params, backward=backward, graph=case.graph)
+        if chosen is None:
+            return Record(case, Status.UNSUPPORTED, "", reasons=tuple(why))
+        tensors, digest = self._draw(case, dtype)
+        cost = method.cost(case.shape, params)
+        record = Record(
+            case, Status.OK, "", chosen.name, input_hash=digest, flops=cost.total(case.mode), bytes=cost.bytes(dtype.itemsize, case.mode)
+        )
+        bound = Bound.of(method, chosen, params, tensors, backward=backward)
+        first_call_s = self._timed_once(bound)
+        verdict = check.gate(method, chosen, params, tensors, backward=backward, rows=self.protocol.gate_rows)
+        if not verdict.passed:
+            return replace(record, status=Status.INCORRECT, gate=verdict, reasons=_excess(verdict.errors, verdict.bounds))
+        metrics = TASKS[case.task](method, params, tensors, bound.forward, chosen.layout)
+        usage = memory.measure(bound.forward, bound.backward if backward else None, bound.input_bytes, self.device)
+        taken = timing.measure(self._clock(case, bound), self.protocol, first_call_s, self.monitor)
+        return replace(record, gate=verdict, metrics=metrics, memory=usage, timing=taken)
+
+    def _draw(self, case: Case, dtype: torch.dtype) -> tuple[inputs.Inputs, str]:
+        key = (case.profile, case.shape, case.seed, dtype)
+        if self._inputs is None or key != self._key:
+            self._inputs = None
+            tensors = inputs.draw(case.profile, case.shape, case.seed, dtype, self.device)
+            self._key, self._inputs = key, (tensors, inputs.digest(tensors))
+        return self._inputs
+
+    def _timed_once(self, bound: Bound) -> float:
+        start = time.perf_counter()
+        bound()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    def _clock(self, case: Case, bound: Bound) -> timing.Clock:
+        cold = case.l2 == "cold"
+        if self.device == "cpu":
+            return timing.CpuClock(bound, cold=cold)
+        if case.graph:
+            copies = timing.copies_to_outgrow_cache(bound.input_bytes) if cold else 1
+            return timing.GraphClock([bound, *(bound.copy() for _ in range(copies - 1))])
+        return timing.CudaClock(bound, cold=cold)
+
+
+def setup(device: str, protocol: Protocol, plugins: tuple[Path, ...]) -> CellRunner:
+    """Make a worker ready: plugins, memory limit, NVML."""
+    add_plugins(plugins)
+    if device == "cpu":
+        limit_host_memory()
+        return CellRunner(device, protocol)
+    torch.cuda.init()
+    return CellRunner(device, protocol, environment.Monitor())
+
+
+def facts(device: str) -> dict[str, Any]:
+    """The environment with its id, and the ceilings measured now."""
+    collected = environment.collect(device)
+    return {**collected, "env_id": environment.env_id(collected), "ceilings": environment.ceilings(device)}
+
+
+def _excess(errors: Any, bounds: Any) -> tuple[str, ...]:
+    return tuple(f"{key} = {errors[key]:.3g}, at most {bounds[key]:.3g}" for key in errors if not errors[key] <= bounds[key])
+
+
+_SIZES = {"": 1, "Ki": 1 << 10, "Mi": 1 << 20, "Gi": 1 << 30, "Ti": 1 << 40}
+
+
+def _out_of_memory(case: Case, error: BaseException) -> Record:
+    text = str(error)
+    match = re.search(r"[Tt]ried to allocate (?:more than )?([\d.]+) ?([KMGT]i)?B?(?:ytes)?", text)
+    wanted = int(float(match[1]) * _SIZES[match[2] or ""]) if match else None
+    lines = text.strip().splitlines()
+    return Record(case, Status.OOM, "", reasons=(lines[0][:300] if lines else "out of memory",), wanted_bytes=wanted)

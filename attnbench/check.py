@@ -1,0 +1,226 @@
+"""The gate: an implementation against its method's float64 definition, before any number of it is believed.
+
+The bound is relative: the error may not exceed that of the definition run eagerly in the same precision by more than a factor (2
+forward, 3 backward) plus an epsilon from the reduction sizes. Methods that select by score are held by the quantiles of the error
+per row, since rounding may legally flip a near tie; rows far off may not be more frequent than in the eager run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from attnbench.method import Implementation, Method, Params, resolve
+from attnbench.record import Gate
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from attnbench.inputs import Inputs
+
+_FACTOR = {"out": 2.0}
+_BACKWARD_FACTOR = 3.0
+_FIT_ELEMENTS = 1 << 26
+"""scores of a whole definition that still fit, where it cannot be sampled"""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The part of a call that is compared: one batch element, a few heads, some queries."""
+
+    batch: int
+    heads: Tensor
+    kv_heads: Tensor
+    """the key heads that those heads read"""
+    rows: Tensor | None
+    """positions; None means all"""
+
+    def output(self, out: Tensor) -> Tensor:
+        """`[1, h, R, Dv]` of `[B, H, N, Dv]`."""
+        picked = out[self.batch : self.batch + 1, self.heads]
+        return picked if self.rows is None else picked[:, :, self.rows]
+
+
+def gate(method: Method, implementation: Implementation, params: Params, inputs: Inputs, *, backward: bool, rows: int = 256) -> Gate:
+    """Hold an implementation against the definition on these inputs.
+
+    Compared are the output at sampled queries of up to two heads and, with `backward`, the gradients of all three inputs under an
+    output gradient that lives on those queries.
+    """
+    inputs = _shortened(method, inputs)
+    q, k, v = inputs
+    sample = _sample(method, q, k, rows)
+    grad = _output_gradient(q, v, sample) if backward else None
+    _poison(q, v)
+
+    def run(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+        return method.run(implementation, a, b, c, params)
+
+    got, seen = _observed(run, inputs, grad, sample)
+    again = _evaluate(run, inputs, grad, sample)
+    operator, fallback = _operator(implementation, seen, inputs, params)
+    want, eager = (_definition(method, params, inputs, grad, sample, dtype=dtype) for dtype in (torch.float64, q.dtype))
+    if fallback or (problem := _malformed(got, want, q)):
+        reason = fallback or problem
+        return Gate(False, {reason: float("inf")}, {reason: 0.0}, q.shape[2], 0, 0, False, operator)
+    epsilon = _epsilon(q, k)
+    errors: dict[str, float] = {}
+    bounds: dict[str, float] = {}
+    for name in want:
+        factor = _FACTOR.get(name, _BACKWARD_FACTOR)
+        mine, theirs = (_errors(x[name], want[name], method.selective) for x in (got, eager))
+        for measure, value in mine.items():
+            errors[f"{name} {measure}"] = value
+            bounds[f"{name} {measure}"] = _bound(measure, theirs[measure], factor, epsilon, want[name])
+        if method.selective:
+            limit = 10 * bounds[f"{name} p90"]
+            share, allowed = (float((_row_errors(x[name], want[name]) > limit).double().mean()) for x in (got, eager))
+            count = _row_errors(want[name], want[name]).numel()
+            errors[f"{name} far"] = share
+            bounds[f"{name} far"] = 2 * allowed + 3 * (max(allowed, 1 / count) / count) ** 0.5
+    passed = all(errors[key] <= bounds[key] for key in errors)
+    same = all(torch.equal(got[name], again[name]) for name in got)
+    return Gate(
+        passed, errors, bounds, q.shape[2], len(sample.rows) if sample.rows is not None else q.shape[2], len(sample.heads), same, operator
+    )
+
+
+def _shortened(method: Method, inputs: Inputs) -> Inputs:
+    q, k, _ = inputs
+    if method.takes_rows or q.shape[2] * k.shape[2] <= _FIT_ELEMENTS:
+        return inputs
+    n = int(_FIT_ELEMENTS**0.5)
+    a, b, c = (x[:, :, :n].contiguous() for x in inputs)
+    return a, b, c
+
+
+def _sample(method: Method, q: Tensor, k: Tensor, rows: int) -> Sample:
+    batch, heads, n = q.shape[:3]
+    picked = torch.arange(heads, device=q.device) if method.couples_heads else torch.tensor(sorted({0, heads - 1}), device=q.device)
+    read = (picked * k.shape[1] // heads).unique()
+    if n <= rows or not method.takes_rows:
+        return Sample(batch - 1, picked, read, None)
+    inner = 1 + torch.randperm(n - 2, generator=torch.Generator().manual_seed(n))[: rows - 2].sort().values
+    return Sample(batch - 1, picked, read, torch.cat([torch.tensor([0]), inner, torch.tensor([n - 1])]).to(q.device))
+
+
+def _output_gradient(q: Tensor, v: Tensor, sample: Sample) -> Tensor:
+    """A gradient `[B, H, N, Dv]` that is random on the sample and zero elsewhere, so that sampling stays exact."""
+    grad = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
+    rows = torch.arange(q.shape[2], device=q.device) if sample.rows is None else sample.rows
+    values = torch.randn(len(sample.heads), len(rows), v.shape[-1], generator=torch.Generator().manual_seed(1))
+    grad[sample.batch, sample.heads[:, None], rows] = values.to(q)
+    return grad
+
+
+def _poison(q: Tensor, v: Tensor) -> None:
+    """Leave NaN in freed memory of the output's size, so that an element nobody writes shows."""
+    blocks = [torch.full((*q.shape[:3], v.shape[-1]), float("nan"), dtype=q.dtype, device=q.device) for _ in range(3)]
+    del blocks
+
+
+def _evaluate(run: Callable[..., Tensor], inputs: Inputs, grad: Tensor | None, sample: Sample) -> dict[str, Tensor]:
+    """Output, and gradients where `grad` is given, at the sample; the raw output's shape and dtype are kept as they are."""
+    leaves = [x.detach().requires_grad_(grad is not None) for x in inputs]
+    with torch.set_grad_enabled(grad is not None):
+        out = run(*leaves)
+    if out.shape != (*inputs[0].shape[:3], inputs[2].shape[-1]):
+        return {"out": out.detach()}
+    result = {"out": sample.output(out.detach())}
+    if grad is not None:
+        grads = torch.autograd.grad(out, leaves, grad, allow_unused=True)
+        part = slice(sample.batch, sample.batch + 1)
+        for name, g, x, heads in zip(("dq", "dk", "dv"), grads, leaves, (sample.heads, sample.kv_heads, sample.kv_heads), strict=True):
+            result[name] = (torch.zeros_like(x) if g is None else g)[part, heads]
+    return result
+
+
+def _observed(run: Callable[..., Tensor], inputs: Inputs, grad: Tensor | None, sample: Sample) -> tuple[dict[str, Tensor], set[str]]:
+    """`_evaluate`, and the names of the torch operators that it dispatched."""
+    with profile(activities=[ProfilerActivity.CPU]) as p:
+        result = _evaluate(run, inputs, grad, sample)
+    return result, {e.key for e in p.key_averages()}
+
+
+def _operator(implementation: Implementation, seen: set[str], inputs: Inputs, params: Params) -> tuple[str, str]:
+    """What ran, and the complaint where it is not what the implementation promises."""
+    if implementation.witness:
+        return str(resolve(implementation.witness)(*inputs, params)), ""
+    ran = [name for name in implementation.operators if name in seen]
+    if implementation.operators and not ran:
+        return "", f"fallback: none of {', '.join(implementation.operators)} ran"
+    return ", ".join(ran), ""
+
+
+def _definition(
+    method: Method, params: Params, inputs: Inputs, grad: Tensor | None, sample: Sample, *, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The reference in `dtype` on the sampled heads alone, in the form of `_evaluate`."""
+    q, k, v = inputs
+    part = slice(sample.batch, sample.batch + 1)
+    pieces = (q[part, sample.heads], k[part, sample.kv_heads], v[part, sample.kv_heads])
+    leaves = [x.detach().to(dtype).requires_grad_(grad is not None) for x in pieces]
+    where = torch.searchsorted(sample.kv_heads, sample.heads * k.shape[1] // q.shape[1])
+    extra: dict[str, Any] = {"rows": sample.rows} if method.takes_rows else {}
+    with torch.set_grad_enabled(grad is not None):
+        out = method.reference(leaves[0], leaves[1][:, where], leaves[2][:, where], params, **extra)
+    result = {"out": out.detach()}
+    if grad is not None:
+        grads = torch.autograd.grad(out, leaves, sample.output(grad).to(dtype), allow_unused=True)
+        result |= {name: torch.zeros_like(x) if g is None else g for name, g, x in zip(("dq", "dk", "dv"), grads, leaves, strict=True)}
+    return result
+
+
+def _malformed(got: dict[str, Tensor], want: dict[str, Tensor], q: Tensor) -> str:
+    if got["out"].shape != want["out"].shape:
+        return f"output has shape {list(got['out'].shape)}"
+    if got["out"].dtype != q.dtype:
+        return f"output is {got['out'].dtype}, inputs are {q.dtype}"
+    for name, x in got.items():
+        if not bool(x.isfinite().all()):
+            return f"{name} is not finite"
+    return ""
+
+
+def _epsilon(q: Tensor, k: Tensor) -> float:
+    """Rounding that any order of the sums may cause: the output's own, and an accumulator's over M + D terms."""
+    accumulator = torch.promote_types(q.dtype, torch.float32)
+    return float(torch.finfo(q.dtype).eps / 2 + torch.finfo(accumulator).eps * (k.shape[2] + q.shape[3]) ** 0.5)
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
+def _row_errors(got: Tensor, want: Tensor) -> Tensor:
+    """Error of each row that is not zero on both sides, relative to the root mean square of all such rows."""
+    got, want = got.double(), want.double()
+    norms = want.norm(dim=-1)
+    live = (norms > 0) | (got.norm(dim=-1) > 0)
+    typical = norms[live].square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    errors: Tensor = (got - want).norm(dim=-1)[live] / typical
+    return errors if errors.numel() else norms.new_zeros(1)
+
+
+def _errors(got: Tensor, want: Tensor, selective: bool) -> dict[str, float]:
+    if selective:
+        rows = _row_errors(got, want)
+        return {"p50": _quantile(rows, 0.5), "p90": _quantile(rows, 0.9)}
+    scale = max(_rms(want), torch.finfo(torch.float64).tiny)
+    difference = got.double() - want.double()
+    return {"rms": _rms(difference) / scale, "max": float(difference.abs().max()) / scale}
+
+
+def _quantile(x: Tensor, p: float) -> float:
+    rank = max(1, min(x.numel(), round(p * x.numel())))
+    return float(x.kthvalue(rank).values)
+
+
+def _bound(measure: str, eager: float, factor: float, epsilon: float, want: Tensor) -> float:
+    """`factor` times the eager error, plus epsilon of a typical entry, or of the largest where the maximum is bounded."""
+    peak = float(want.abs().max()) / max(_rms(want), torch.finfo(torch.float64).tiny) if measure == "max" else 1.0
+    return factor * eager + epsilon * max(1.0, peak)

@@ -1,0 +1,146 @@
+"""One worker process that runs cells, replaced after a fault, an out-of-memory or a hang."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import SpawnProcess
+
+
+_START_S = 300
+
+
+class WorkerDiedError(Exception):
+    """The worker process ended without an answer. The message says how, with the last line that it printed."""
+
+
+class WorkerHungError(Exception):
+    """The worker did not answer in time, and was killed."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a job returned, and whether the worker may run another."""
+
+    value: Any
+    reusable: bool = True
+
+
+@dataclass
+class Worker:
+    """A spawned process that runs `job(message) -> Reply` for each message; started when first needed, and again after it is lost.
+
+    `setup(*arguments)` runs once in each new process and returns the job. Both must be importable.
+    """
+
+    setup: Callable[..., Callable[[Any], Reply]]
+    arguments: tuple[Any, ...] = ()
+    starts: int = 0
+    """processes started so far"""
+    _process: SpawnProcess | None = field(default=None, repr=False)
+    _pipe: Connection | None = field(default=None, repr=False)
+    _log: Path | None = field(default=None, repr=False)
+
+    def run(self, message: Any, timeout_s: float) -> Any:
+        """The job's value. Raises `WorkerHungError` after `timeout_s`, `WorkerDiedError` where the process ends.
+
+        Either way the next message goes to a new process.
+        """
+        pipe = self._ensure()
+        try:
+            pipe.send(message)
+            if not pipe.poll(timeout_s):
+                self.stop()
+                raise WorkerHungError(f"no answer within {timeout_s:g} s")
+            reply = pipe.recv()
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise WorkerDiedError(self._epitaph()) from None
+        except KeyboardInterrupt:
+            self.stop()
+            raise
+        if not reply.reusable:
+            self.stop()
+        return reply.value
+
+    def _ensure(self) -> Connection:
+        if self._pipe is None:
+            context = multiprocessing.get_context("spawn")
+            handle, name = tempfile.mkstemp(prefix="attnbench-worker-", suffix=".log")
+            os.close(handle)
+            self._log = Path(name)
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, self.setup, self.arguments, name), daemon=True)
+            self._process.start()
+            theirs.close()
+            self.starts += 1
+            self._await_ready()
+        return self._pipe
+
+    def _await_ready(self) -> None:
+        """Wait until the process has imported what it needs, so that a cell's time is its own."""
+        assert self._pipe is not None, "no process to wait for"
+        try:
+            if not self._pipe.poll(_START_S):
+                self.stop()
+                raise WorkerHungError(f"worker did not start within {_START_S} s")
+            self._pipe.recv()
+        except (EOFError, ConnectionResetError):
+            raise WorkerDiedError(self._epitaph()) from None
+
+    def _epitaph(self) -> str:
+        assert self._process is not None, "no process to bury"
+        self._process.join(10)
+        code = self._process.exitcode
+        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with {code}"
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()] if self._log else []
+        self.stop()
+        return f"worker {how}" + (f": {lines[-1].strip()[:300]}" if lines else "")
+
+    def stop(self) -> None:
+        """End the process, at once."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+        if self._pipe is not None:
+            self._pipe.close()
+        if self._log is not None:
+            self._log.unlink(missing_ok=True)
+        self._process = self._pipe = self._log = None
+
+
+def _serve(pipe: Connection, setup: Callable[..., Callable[[Any], Reply]], arguments: tuple[Any, ...], log: str) -> None:
+    """The worker's main loop. Its output goes to `log`; interrupts are the parent's business."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Path(log).open("a") as f:
+        for stream in (1, 2):
+            os.dup2(f.fileno(), stream)
+    job = setup(*arguments)
+    pipe.send(Reply("ready"))
+    with contextlib.suppress(EOFError):
+        while True:
+            reply = job(pipe.recv())
+            sys.stdout.flush()
+            pipe.send(reply)
+            if not reply.reusable:
+                break
+
+
+def limit_host_memory(share: float = 0.9) -> None:
+    """Let this process take at most a share of the memory that is free, so that asking for more raises instead of killing."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = int(next(line.split()[1] for line in lines if line.startswith("MemAvailable"))) << 10
+        used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + int(share * free), resource.RLIM_INFINITY))
