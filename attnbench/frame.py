@@ -20,7 +20,7 @@ def load(results: Path) -> tuple[pd.DataFrame, list[str]]:
     """The table of all records below `results`, and notes about repaired files. Raises `UserError`.
 
     Columns: `suite`, `device`, `label` (`method@implementation` as asked), `method`, `implementation` (what ran), the fields of
-    the case, `params` (JSON), `status`, `reason`, `samples_s` (tuple), `time_s` (median), memory in `*_bytes`, `flops`, `bytes`,
+    the case, `params` (JSON), `status`, `reason`, `started`, `samples_s` (tuple), `time_s` (median), memory in `*_bytes`, `flops`, `bytes`,
     one column a task metric, and the environment's `gpu`, `copy_bytes_per_s`, `matmul_flops_per_s` where measured.
     """
     rows: list[dict[str, Any]] = []
@@ -31,6 +31,12 @@ def load(results: Path) -> tuple[pd.DataFrame, list[str]]:
         known = store.environments(file)
         rows += [_row(r, file.parent.parent.name, known.get(r.env_id, {})) for r in store.latest(loaded.records)]
     return pd.DataFrame(rows), notes
+
+
+def current(table: pd.DataFrame) -> pd.DataFrame:
+    """One row a cell: where a cell ran in several environments of one device, the newest `ok`, else the newest attempt."""
+    ranked = table.assign(_ok=table["status"] == "ok").sort_values(["_ok", "started"], kind="stable")
+    return ranked.drop_duplicates(["suite", "device", "case_id"], keep="last").sort_index().drop(columns="_ok")
 
 
 def _row(record: Record, suite: str, environment: dict[str, Any]) -> dict[str, Any]:
@@ -50,6 +56,7 @@ def _row(record: Record, suite: str, environment: dict[str, Any]) -> dict[str, A
         "reason": "; ".join(record.reasons),
         "flops": record.flops,
         "bytes": record.bytes,
+        "started": record.started,
         "command": record.command,
         "commit": record.commit,
         "operator": record.gate.operator if record.gate else "",

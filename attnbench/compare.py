@@ -1,0 +1,156 @@
+"""Two results, or two methods of one result, cell by cell: is B faster than A, slower, or not separable from it?"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from attnbench import frame, series, stats
+from attnbench.errors import UserError, unknown
+from attnbench.series import CONDITIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import pandas as pd
+
+    from attnbench.stats import Floor, Interval, Verdict
+
+ABSENT = "absent"
+"""Status of a side that has no record of the cell."""
+
+_CELL = ("label", "params", "task", "mode", "n", *CONDITIONS)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One cell on both sides. Times and ratio exist only where both sides were measured."""
+
+    suite: str
+    device: str
+    """`A's / B's` where they differ"""
+    series_a: str
+    series_b: str
+    mode: str
+    n: int
+    conditions: str
+    status_a: str
+    """a record's status, or `absent`"""
+    status_b: str
+    time_a_s: float | None
+    """median"""
+    time_b_s: float | None
+    ratio: Interval | None
+    """`time b / time a` with its 95% interval"""
+    floor: Floor | None
+    """the larger of the two sides' noise floors; None where no A/A pair was measured"""
+    verdict: Verdict | None
+    """what B is, seen from A; None where a side was not measured"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the named tuples become dicts."""
+        named = {k: v._asdict() if v is not None else None for k, v in (("ratio", self.ratio), ("floor", self.floor))}
+        return asdict(self) | named
+
+    def __str__(self) -> str:
+        where = f"{self.series_a} | {self.series_b}" if self.series_a != self.series_b else self.series_a
+        cell = f"{where}, {self.mode}, N={self.n}"
+        if self.ratio is None or self.verdict is None:
+            return f"{cell}: A {self.status_a}, B {self.status_b}"
+        noise = f"noise floor {self.floor}" if self.floor else "noise floor not measured"
+        r = self.ratio
+        return f"{cell}: B is {self.verdict} (B/A {r.value:.3f}, 95% interval {r.low:.3f} to {r.high:.3f}, {noise})"
+
+
+def results(a: pd.DataFrame, b: pd.DataFrame) -> list[Comparison]:
+    """Every cell of two tables, paired by suite, device and case; a cell that only one has is `absent` on the other.
+
+    Where each side holds one device (or suite) and they differ, they are put against each other; several that differ are not.
+    """
+    for side, table in (("A", a), ("B", b)):
+        if table.empty:
+            raise UserError(f"{side} holds no records: run a suite first")
+    a, b = frame.current(a), frame.current(b)
+    keys = [name for name in ("suite", "device") if not _lone(a, b, name)]
+    left, right = (_Side(table, series.labels(table), _floors(table)) for table in (a, b))
+    return _paired(left, right, [*keys, *_CELL])
+
+
+def _lone(a: pd.DataFrame, b: pd.DataFrame, column: str) -> bool:
+    return a[column].nunique() == 1 and b[column].nunique() == 1
+
+
+def methods(table: pd.DataFrame, a: str, b: str) -> list[Comparison]:
+    """Two methods (`method` or `method@implementation`, as the suite asked for them) of one table, under equal conditions.
+
+    Every parameter set of one meets every parameter set of the other. Raises `UserError` for a label that the table lacks.
+    """
+    known = set(table["label"]) if not table.empty else set()
+    for label in (a, b):
+        if label not in known:
+            raise unknown("method", label, known, "these results")
+    table = frame.current(table)
+    sides = [table[table["label"] == label] for label in (a, b)]
+    keys = ["suite", "device", "task", "mode", "n", *CONDITIONS]
+    floors, names = _floors(table), series.labels(table)
+    parts = [[_Side(rows, names, floors, str(names[rows.index[0]])) for _, rows in side.groupby("params")] for side in sides]
+    return [row for left, right in itertools.product(*parts) for row in _paired(left, right, keys)]
+
+
+class _Side:
+    """One side's first measurements, the floors of the table they come from, and the series' name where it is one series."""
+
+    def __init__(self, rows: pd.DataFrame, names: pd.Series[str], floors: dict[tuple[str, str], Floor], name: str = "") -> None:
+        self.rows = rows[rows["replicate"] == 0].assign(series=names)
+        self.floors = floors
+        self.name = name
+
+    def by(self, keys: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """The rows by the values of `keys`."""
+        rows = ({str(k): v for k, v in row.items()} for row in self.rows.to_dict("records"))
+        return {tuple(row[key] for key in keys): row for row in rows}
+
+
+def _floors(table: pd.DataFrame) -> dict[tuple[str, str], Floor]:
+    """(suite, device) -> noise floor, where A/A pairs were measured."""
+    found = {(str(s), str(d)): series.noise(rows) for (s, d), rows in table.groupby(["suite", "device"])}
+    return {key: value for key, value in found.items() if value}
+
+
+def _paired(a: _Side, b: _Side, keys: Sequence[str]) -> list[Comparison]:
+    """Pair the rows that agree in `keys`."""
+    left, right = a.by(keys), b.by(keys)
+    order = sorted({*left, *right}, key=lambda cell: tuple(map(_sortable, cell)))
+    return [_compare(left.get(cell), right.get(cell), a, b) for cell in order]
+
+
+def _sortable(value: Any) -> tuple[float, str]:
+    return (float(value), "") if isinstance(value, int | float) else (0.0, str(value))
+
+
+def _compare(a: dict[str, Any] | None, b: dict[str, Any] | None, side_a: _Side, side_b: _Side) -> Comparison:
+    some = a or b
+    assert some is not None, "a cell comes from one side at least"
+    sides = [(a, side_a), (b, side_b)]
+    noise = [f for row, side in sides if row and (f := side.floors.get((row["suite"], row["device"])))]
+    floor = max(noise, key=lambda f: f.relative) if noise else None
+    samples = [row["samples_s"] for row, _ in sides if row and row["status"] == "ok"]
+    ratio = stats.ratio(*samples) if len(samples) == 2 else None
+    time_a, time_b = (float(row["time_s"]) if row and row["status"] == "ok" else None for row, _ in sides)
+    return Comparison(
+        suite=" / ".join(dict.fromkeys(str(row["suite"]) for row, _ in sides if row)),
+        device=" / ".join(dict.fromkeys(str(row["device"]) for row, _ in sides if row)),
+        series_a=str(a["series"]) if a else side_a.name or str(some["series"]),
+        series_b=str(b["series"]) if b else side_b.name or str(some["series"]),
+        mode=str(some["mode"]),
+        n=int(some["n"]),
+        conditions=", ".join(f"{series.SHORT.get(c, c)}={some[c]}" for c in CONDITIONS),
+        status_a=str(a["status"]) if a else ABSENT,
+        status_b=str(b["status"]) if b else ABSENT,
+        time_a_s=time_a,
+        time_b_s=time_b,
+        ratio=ratio,
+        floor=floor,
+        verdict=stats.verdict(ratio, floor) if ratio else None,
+    )
