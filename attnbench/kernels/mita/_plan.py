@@ -1,0 +1,89 @@
+"""Sizes of tiles, splits and buffers, from the shape alone: nothing is tuned at run time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+
+
+def power(x: float) -> int:
+    """The least power of two not below x."""
+    return triton.next_power_of_2(max(1, int(-(-x // 1))))
+
+
+@lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; a small number elsewhere."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Launch sizes of one shape. Lengths are in rows; `*_warps` are warps a program."""
+
+    prec: str
+    """precision of products of float32: three tensor-core products make up one, to about 2^-21; 16-bit types ignore it"""
+    dim: int
+    dim_v: int
+    """head dimensions padded to a power of two"""
+    landmarks: int
+    """M padded to a power of two, at least 16"""
+    block_m: int
+    """landmarks a tile"""
+    block_k: int
+    """selected keys a tile"""
+    pool_block: int
+    probe_block: int
+    """keys a block of the landmark pass"""
+    probe_tiles: int
+    probe_splits: int
+    chunk: int
+    """keys a chunk"""
+    group: int
+    """chunks a group"""
+    gate_rows: int
+    gate_block: int
+    tile: int
+    """queries a tile of the attention kernels"""
+    segment: int
+    """queries of one expert whose key gradients are summed by one program"""
+    stream: int
+    """queries whose landmark gradients are summed by one program"""
+    key_block: int
+    """keys a block of the landmark pass's backward"""
+    key_splits: int
+
+    def tiles(self, pairs: int, experts: int) -> int:
+        """Bound on the tiles of a head."""
+        return pairs // self.tile + min(experts, pairs)
+
+    def segments(self, pairs: int, experts: int) -> int:
+        """Bound on the segments of a head."""
+        return pairs // self.segment + min(experts, pairs)
+
+
+@lru_cache(maxsize=256)
+def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int, fp32: bool, sms: int) -> Plan:
+    """The plan for `heads` = B H heads of n queries and `keys` keys with m landmarks, k keys and s experts a query."""
+    dim, dim_v, mp = max(16, power(d)), max(16, power(dv)), max(16, power(m))
+    big = fp32 or max(dim, dim_v) > 64
+    block_m, block_k = min(mp, 32 if big else 64), min(max(16, power(k)), 32 if big else 64)
+    probe_block = 64 if big else 128
+    probe_tiles = -(-m // block_m)
+    blocks = -(-keys // probe_block)
+    chunk = min(32, max(4, power((keys / (16 * k)) ** 0.5 * 0.75)))
+    chunks = blocks * probe_block // chunk
+    group = 1 if chunks <= 2048 else power(max(chunks / 2048, 0.75 * (chunks / k) ** 0.5))
+    gate_block = 64 if mp > 64 or big else 128
+    rows = min(4096 if n > 1 << 18 else 1024, power(heads * n / (4 * sms)))
+    return Plan(
+        prec="tf32x3" if fp32 else "tf32", dim=dim, dim_v=dim_v, landmarks=mp, block_m=block_m, block_k=block_k,
+        pool_block=64 if dim > 64 else 128 if n // m >= 128 else 32, probe_block=probe_block, probe_tiles=probe_tiles,
+        probe_splits=min(blocks, max(1, 2 * sms // (heads * probe_tiles))), chunk=chunk, group=group,
+        gate_rows=max(rows, gate_block), gate_block=gate_block, tile=32 if fp32 else 64,
+        segment=min(2048, max(128, power(n * s / m))), stream=min(2048, max(128, power(heads * n / (2 * sms)))),
+        key_block=32 if big else 64, key_splits=min(-(-keys // 32), max(1, 2 * sms // heads)),
+    )  # fmt: skip
