@@ -32,7 +32,8 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: 
         dk, dv, dr = landmark_grad(grad, q, k, v, saved, delta, setting, p, common)
     else:
         dk, dv = torch.zeros_like(k, memory_format=torch.contiguous_format), torch.zeros_like(v, memory_format=torch.contiguous_format)
-        dr = torch.zeros(saved.r.shape, dtype=torch.float32, device=q.device) if not setting.grid else saved.r
+        # landmarks get no gradient through the selection; pooled ones need none written
+        dr = (torch.empty if setting.grid else torch.zeros)(saved.r.shape, dtype=torch.float32, device=q.device)
     if setting.routed:
         routed_grad(grad, q, k, v, dk, dv, saved, delta, setting, top, s, p, common)
     pooled = setting.shared and bool(setting.grid)
@@ -70,7 +71,8 @@ def landmark_grad(
     part_r, part_u = torch.empty(heads * parts * m, d, **float_), torch.empty(heads * parts * m, dv, **float_)
     shared_grad_kernel[(heads * p.probe_tiles * parts,)](
         grad, q, saved.lse, delta, saved.r, saved.value, part_r, part_u, *grad.stride()[:3], *q.stride()[:3], h, n, parts,
-        setting.shared_scale, MT=p.probe_tiles, ROWS=p.stream, T=p.tile, BM=p.block_m, **common,
+        setting.shared_scale, MT=p.probe_tiles, ROWS=p.stream, T=p.tile, BM=p.block_m,
+        **{key: x for key, x in common.items() if key != "G"},
         num_warps=4, num_stages=2,
     )  # fmt: skip
     u, u_delta, dr = torch.empty_like(saved.value), torch.empty(heads, m, **float_), torch.empty(b, h, m, d, **float_)
@@ -83,7 +85,8 @@ def landmark_grad(
     strides = (*k.stride()[:3], *v.stride()[:3])
     tail = {"MT": p.probe_tiles, "BM": p.block_m, "BN": p.key_block, **common, "num_warps": 4, "num_stages": 2}
     probe_grad_kernel[(kv_heads * splits,)](
-        saved.r, k, v, u, u_delta, saved.stat, dk, dv_, part, *strides, h, keys, splits, blocks, setting.scale, KEYS=True, PROBES=once, **tail
+        saved.r, k, v, u, u_delta, saved.stat, dk, dv_, part, *strides, h, keys, splits, blocks, setting.scale,
+        KEYS=True, PROBES=once, **tail,
     )  # fmt: skip
     if not once:
         splits = min(blocks, p.probe_splits)

@@ -72,7 +72,7 @@ def query_grad_kernel(
 def shared_grad_kernel(
     grad, q, lse, delta, r, value, part_r, part_u, stride_gb, stride_gh, stride_gn, stride_qb, stride_qh, stride_qn,
     H, N, PARTS, shared_scale,
-    MT: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, G: tl.constexpr,
+    MT: tl.constexpr, ROWS: tl.constexpr, T: tl.constexpr, BM: tl.constexpr,
     M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of landmarks as keys (`part_r`) and of their values (`part_u`) over ROWS queries."""

@@ -1,0 +1,270 @@
+"""The fused MiTA kernels: in Triton's interpreter where there is no GPU, else on the GPU, against float64 autograd."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated
+
+pytest.importorskip("triton", reason="Triton is not installed")
+from attnbench.kernels.mita import _forward as launches
+from attnbench.kernels.mita import mita_attention, supported
+from attnbench.kernels.mita._operator import mita_forward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Triton 3.6's interpreter multiplies bfloat16 bit patterns, and turns no 1-element array into an index under NumPy 2.4."""
+    if DEVICE == "cuda":
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter as module
+
+    def wide(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return module.TensorHandle(module._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+
+    dot, patch = module.InterpreterBuilder.create_dot, module._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(module, "_patch_lang_tensor", patched)
+    monkeypatch.setattr(module.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
+
+
+def inputs(b=1, h=2, n=60, d=32, *, hk=None, dv=None, dtype=torch.float32, seed=0):
+    torch.manual_seed(seed)
+    shapes = ((h, d), (hk or h, d), (hk or h, dv or d))
+    return tuple(torch.randn(b, heads, n, dim).to(DEVICE, dtype).requires_grad_() for heads, dim in shapes)
+
+
+def pooled(q, grid):
+    """Adaptive average as torch defines it."""
+    prefix, height, width, rows, columns = grid
+    tokens = q[:, :, prefix : prefix + height * width].unflatten(2, (height, width)).movedim(-1, 2).flatten(0, 1)
+    return torch.nn.functional.adaptive_avg_pool2d(tokens, (rows, columns)).flatten(2).mT.unflatten(0, q.shape[:2])
+
+
+def chosen(index, order, start, s):
+    """Expert `[B, H, S, N]` of every pair, from the permutation; fails where it is none."""
+    b, h, pairs = order.shape
+    expert = torch.full((b, h, pairs), -1, device=order.device)
+    for i in range(b):
+        for j in range(h):
+            ends = start[i, j].tolist()
+            for m in range(len(ends) - 1):
+                expert[i, j, order[i, j, ends[m] : ends[m + 1]].long()] = m
+    assert (expert >= 0).all()
+    return expert.unflatten(2, (s, -1))
+
+
+def oracle(q, k, v, r, selection, *, shared=True, routed=True):
+    """The definition over a frozen selection; a key in two chosen experts counts twice."""
+    (index, expert), groups = selection, q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scale, logits, m = q.shape[-1] ** -0.5, [], r.shape[2]
+    if shared:
+        logits.append(q @ r.mT / q.shape[-1])
+    if routed:
+        member = torch.zeros(*q.shape[:2], m, k.shape[2], dtype=q.dtype, device=q.device).scatter_(3, index.long(), 1.0)
+        times = sum(member.gather(2, e[..., None].expand(-1, -1, -1, k.shape[2])) for e in expert.unbind(2))
+        logits.append(scale * (q @ k.mT) + times.log())
+    weights = torch.cat(logits, -1).softmax(-1)
+    out = weights[..., :m] @ ((scale * (r @ k.mT)).softmax(-1) @ v) if shared else 0
+    return out + weights[..., m if shared else 0 :] @ v if routed else out
+
+
+def error(got, want):
+    return float((got.detach().double() - want.detach().double()).norm() / want.detach().double().norm().clamp_min(1e-9))
+
+
+CASES = {
+    "fp32": {},
+    "bf16": {"dtype": torch.bfloat16, "d": 64},
+    "fp16 grid, one token before it, grouped heads": {"dtype": torch.float16, "n": 50, "hk": 1, "grid": [1, 7, 7, 2, 3]},
+    "three experts, Dv < D": {"d": 96, "dv": 32, "s": 3, "grid": [0, 1, 60, 1, 5]},
+    "more landmarks than tokens": {"n": 3, "h": 1, "k": 8, "grid": [0, 1, 3, 1, 5], "s": 4},
+    "one token": {"n": 1, "h": 1, "k": 1, "grid": [0, 1, 1, 1, 1]},
+    "landmarks over several tiles": {"n": 70, "h": 1, "k": 3, "grid": [0, 1, 70, 1, 66]},
+    "keys over several tiles": {"n": 90, "h": 1, "k": 70, "grid": [0, 1, 90, 1, 2]},
+    "routed experts alone": {"shared": False},
+    "landmarks alone": {"routed": False},
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_output_selection_and_gradients_are_the_definitions(case):
+    options = {"k": 7, "s": 1, "shared": True, "routed": True, **case}
+    top, s, shared, routed = (options.pop(name) for name in ("k", "s", "shared", "routed"))
+    grid = options.pop("grid", None)
+    q, k, v = inputs(**options)
+    n, d = q.shape[2:]
+    grid = grid or [0, 1, n, 1, 4]
+    out, _, r, _, _, index, order, start, _ = mita_forward(q, k, v, None, top, s, shared, routed, d**-0.5, 1 / d, grid)
+    s, limit = min(s, r.shape[2]), TOLERANCE[q.dtype]
+    grad = torch.randn_like(out)
+    got = torch.autograd.grad(out, (q, k, v), grad)
+    q64, k64, v64 = (x.detach().double().requires_grad_() for x in (q, k, v))
+    r64 = pooled(q64, grid)
+    assert error(r, r64) < limit
+    expert = None
+    if routed:
+        expert = chosen(index, order, start, s)
+        probe = r.detach().double() @ k64.detach().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+        best = probe.topk(min(top, n), -1).values
+        assert torch.allclose(probe.gather(3, index.long()).sort(-1, descending=True).values, best, atol=1e-4)
+        gate = q64.detach() @ r.detach().double().mT
+        assert torch.allclose(gate.gather(3, expert.transpose(2, 3)), gate.topk(s, -1).values, atol=1e-4)
+    want = oracle(q64, k64, v64, r64, (index, expert), shared=shared, routed=routed)
+    assert error(out, want) < limit
+    for a, b in zip(got, torch.autograd.grad(want, (q64, k64, v64), grad.double()), strict=True):
+        assert a.isfinite().all()
+        assert float((a.double() - b).norm()) < limit * max(float(b.norm()), 1.0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_given_landmarks_learn_through_the_shared_expert_alone(shared):
+    q, k, v = inputs()
+    r = torch.randn(1, 2, 5, 32, device=DEVICE, requires_grad=True)
+    out, _, _, _, _, index, order, start, _ = mita_forward(q, k, v, r, 6, 1, shared, True, 32**-0.5, 1 / 32, [])
+    (dr,) = torch.autograd.grad(out, r, torch.ones_like(out))
+    if not shared:
+        assert (dr == 0).all()
+        return
+    q64, k64, v64, r64 = (x.detach().double().requires_grad_() for x in (q, k, v, r))
+    want = oracle(q64, k64, v64, r64, (index, chosen(index, order, start, 1)))
+    assert error(out, want) < 2e-5
+    assert error(dr, torch.autograd.grad(want, r64, torch.ones_like(want))[0]) < 2e-5
+
+
+@pytest.mark.parametrize(("chunk", "group"), [(4, 1), (8, 2), (4, 4), (16, 1)])
+def test_every_level_of_the_selection_is_exact(monkeypatch, chunk, group):
+    import dataclasses
+
+    make = launches.plan
+    monkeypatch.setattr(launches, "plan", lambda *args: dataclasses.replace(make(*args), chunk=chunk, group=group))
+    q, k, v = inputs(h=1, n=333, seed=chunk + group)
+    _, _, r, _, _, index, *_ = mita_forward(q, k, v, None, 9, 1, True, True, 0.2, 0.1, [0, 1, 333, 1, 2])
+    assert torch.equal(index.long(), (r @ k.mT).topk(9, -1).indices.sort(-1).values)
+
+
+def test_strided_inputs_equal_contiguous_ones():
+    x = torch.randn(1, 40, 3, 2, 32, device=DEVICE)
+    q, k, v = x.permute(2, 0, 3, 1, 4)
+    assert torch.equal(mita_attention(q, k, v, 4, 5), mita_attention(q.contiguous(), k.contiguous(), v.contiguous(), 4, 5))
+
+
+def test_same_input_same_bits():
+    q, k, v = inputs(n=100, dtype=torch.bfloat16)
+    runs = [torch.autograd.grad(mita_attention(q, k, v, 6, 9).float().square().sum(), (q, k, v)) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["all to one", "all equal", "zeros"])
+def test_adversarial_routing(kind):
+    q, k, v = (x.detach() for x in inputs(h=1, n=80))
+    r = torch.randn(1, 1, 6, 32, device=DEVICE)
+    if kind == "all to one":
+        q, r = q.abs(), r.index_fill(2, torch.tensor([3], device=DEVICE), 9.0)
+    else:
+        fill = torch.ones_like if kind == "all equal" else torch.zeros_like
+        q, k, r = fill(q), fill(k), fill(r)
+    out, _, _, _, _, index, order, start, _ = mita_forward(q, k, v, r, 5, 1, True, True, 32**-0.5, 1 / 32, [])
+    assert start[0, 0].diff().max() == 80
+    want = oracle(*(x.double() for x in (q, k, v, r)), (index, chosen(index, order, start, 1)))
+    assert error(out, want) < 2e-5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_reaches_only_its_readers(bad):
+    q, k, v = (x.detach() for x in inputs(h=1))
+    r = torch.randn(1, 1, 4, 32, device=DEVICE)
+    setting = (5, 1, True, True, 0.2, 0.1, [])
+    spoiled = q.index_fill(2, torch.tensor([7], device=DEVICE), bad)
+    good, other = mita_forward(q, k, v, r, *setting)[0], mita_forward(spoiled, k, v, r, *setting)[0]
+    keep = torch.arange(60, device=DEVICE) != 7
+    assert torch.equal(good[:, :, keep], other[:, :, keep])
+    spoiled = v.index_fill(2, torch.tensor([11], device=DEVICE), bad)
+    out, _, _, _, _, index, order, start, _ = mita_forward(q, k, spoiled, r, 20, 1, False, True, 0.2, 0.1, [])
+    readers = (index == 11).any(-1).gather(2, chosen(index, order, start, 1)[:, :, 0])
+    assert readers.any()
+    assert torch.equal(~out.isfinite().all(-1), readers)
+
+
+def test_compile_checkpoint_and_autocast():
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, v = inputs(h=1, n=40)
+
+    def layer(q, k, v):
+        return mita_attention(q * 1.0, k, v, 4, 5).sin()
+
+    want = layer(q, k, v)
+    grads = torch.autograd.grad(want.sum(), (q, k, v))
+    for run in (torch.compile(layer, fullgraph=True, backend="aot_eager"), lambda *x: checkpoint(layer, *x, use_reentrant=False)):
+        out = run(q, k, v)
+        assert torch.equal(out, want)
+        for a, b in zip(torch.autograd.grad(out.sum(), (q, k, v)), grads, strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = mita_attention(q, k, v, 4, 5)
+    assert out.dtype == torch.bfloat16
+    assert torch.autograd.grad(out.float().sum(), q)[0].dtype == torch.float32
+
+
+def test_the_operator_is_well_formed():
+    q, k, v = inputs(h=1, n=40)
+    torch.library.opcheck(mita_forward, (q, k, v, None, 5, 1, True, True, 0.2, 0.1, [0, 1, 40, 1, 3]))
+
+
+def test_unsupported_calls_say_why():
+    q, k, v = inputs()
+    assert supported(q, k, v, 5, 7) == []
+    assert "landmarks" in supported(q, k, v, 257, 7)[0]
+    assert "keys an expert" in supported(q, k, v, 5, 300)[0]
+    assert "experts a query" in supported(q, k, v, 5, 7, 5)[0]
+    assert "float64" in supported(q.double(), k.double(), v.double(), 5, 7)[0]
+    assert "head dimensions" in supported(q[..., :16], k[..., :16], v, 5, 7)[0]
+    with pytest.raises(ValueError, match="neither"):
+        mita_attention(q, k, v, 5, 7, shared=False, routed=False)
+    with pytest.raises(ValueError, match="does not fit"):
+        mita_attention(q, k, v, (2, 2), 7, grid=(8, 8))
+
+
+@pytest.mark.parametrize("n", [4096, 65536])
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_cuda_graph_replays_without_synchronising(n):
+    q, k, v = inputs(h=4, n=n, d=64, dtype=torch.bfloat16)
+    grad = torch.randn_like(q)
+
+    def step():
+        out = mita_attention(q, k, v, 64, 64)
+        return out, *torch.autograd.grad(out, (q, k, v), grad)
+
+    want = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
