@@ -1,0 +1,95 @@
+"""Options that several commands share, and how their text is read."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attnbench.errors import UserError
+
+if TYPE_CHECKING:
+    from attnbench.suite import Suite
+
+
+class Device(StrEnum):
+    """Kinds of device."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+def _built_in(package: str, suffix: str, incomplete: str) -> list[str]:
+    """File names of a package that begin with `incomplete`; reads the folder alone, so completion is quick."""
+    names = (Path(item.name) for item in files(package).iterdir())
+    return sorted(p.stem for p in names if p.suffix == suffix and p.stem.startswith(incomplete) and not p.stem.startswith("_"))
+
+
+def complete_method(incomplete: str) -> list[str]:
+    """Built-in methods that begin so."""
+    return _built_in("attnbench.methods", ".py", incomplete)
+
+
+def complete_suite(incomplete: str) -> list[str]:
+    """Built-in suites that begin so."""
+    return _built_in("attnbench.suites", ".toml", incomplete)
+
+
+Plugins = Annotated[
+    list[Path], typer.Option("--plugin", metavar="PATH", help="A .py file, or a folder of them, with further methods. Repeatable.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON, for a machine to read.")]
+DeviceOption = Annotated[Device | None, typer.Option("--device", help="Default: cuda where there is a GPU, else cpu.")]
+SuiteName = Annotated[
+    str, typer.Argument(metavar="SUITE", help="A built-in suite, or the path of a .toml file.", autocompletion=complete_suite)
+]
+MethodNames = Annotated[
+    list[str],
+    typer.Option(
+        "--method", metavar="NAME", help="Only this method, NAME or NAME@IMPLEMENTATION. Repeatable.", autocompletion=complete_method
+    ),
+]
+Axes = Annotated[list[str], typer.Option("--axis", metavar="AXIS=VALUE,...", help="Other values of an axis, as n=1024,2048. Repeatable.")]
+Settings = Annotated[
+    list[str], typer.Option("--set", metavar="METHOD.PARAM=VALUE,...", help="Another parameter, as mita.topk=32. Repeatable.")
+]
+
+
+def read_axes(texts: Sequence[str]) -> dict[str, list[str]]:
+    """`n=1024,2048` -> axis and values. Raises `UserError`."""
+    return {axis: values.split(",") for axis, values in (_pair(text, "--axis", "n=1024,2048") for text in texts)}
+
+
+def read_settings(texts: Sequence[str]) -> dict[str, dict[str, list[str]]]:
+    """`mita.topk=16,32` -> method, parameter and values. Raises `UserError`."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for text in texts:
+        key, values = _pair(text, "--set", "mita.topk=32")
+        method, dot, name = key.rpartition(".")
+        if not (dot and method and name):
+            raise UserError(f"--set {text}: {key!r} names no method and parameter: write it as mita.topk=32")
+        found.setdefault(method, {})[name] = values.split(",")
+    return found
+
+
+def _pair(text: str, option: str, example: str) -> tuple[str, str]:
+    key, equals, values = text.partition("=")
+    if not (equals and key):
+        raise UserError(f"{option} {text}: there is no '=' after a name: write it as {example}")
+    return key.strip(), values.strip()
+
+
+def read_suite(name: str, axis: Sequence[str], method: Sequence[str], settings: Sequence[str]) -> "Suite":
+    """The suite as the options change it. Raises `UserError`."""
+    from attnbench.suite import load
+
+    return load(name).override(read_axes(axis), method, read_settings(settings))
+
+
+def with_plugins(plugins: Sequence[Path]) -> None:
+    """Add the methods of `--plugin`."""
+    from attnbench.registry import add_plugins
+
+    add_plugins(plugins)

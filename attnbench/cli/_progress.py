@@ -1,0 +1,58 @@
+"""Progress of a sweep on stderr."""
+
+import sys
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from attnbench.record import Record
+    from attnbench.runner import Event
+
+
+class Reporter:
+    """Shows what a sweep tells: a bar with the running cell and the time left, a line for each cell that failed.
+
+    Where stderr is no terminal, each finished cell is a line instead. `quiet` leaves failures and notes alone; with `echo`, each
+    record also goes to stdout as one JSON line.
+    """
+
+    def __init__(self, *, quiet: bool = False, echo: bool = False) -> None:
+        self.quiet, self.echo, self.done = quiet, echo, 0
+        self._console = Console(stderr=True, soft_wrap=True)
+        self._live = sys.stderr.isatty() and not quiet
+        columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=self._console, disable=not self._live)
+        self._task = self._progress.add_task("starting", total=None)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def __call__(self, event: "Event") -> None:
+        """Take an event of a sweep."""
+        if event.kind == "note":
+            self._line(f"note: {event.message}")
+        self._progress.update(self._task, total=event.total, completed=event.index)
+        if event.kind == "start":
+            self._progress.update(self._task, description=escape(str(event.case)))
+        if event.record:
+            self.done += 1
+            self._record(event.record, f"{event.index}/{event.total}")
+
+    def _record(self, record: "Record", position: str) -> None:
+        if self.echo:
+            print(record.to_json(), flush=True)
+        failed = str(record.status) not in ("ok", "unsupported", "skipped")
+        if failed or not (self.quiet or self._live):
+            reason = f": {'; '.join(record.reasons)}" if record.reasons else ""
+            self._line(f"[{position}] {record.status} {record.case}{reason}")
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False)

@@ -1,0 +1,69 @@
+"""`attnbench plan`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attnbench.cli._options import Axes, Json, MethodNames, Plugins, Settings, SuiteName, read_suite, with_plugins
+from attnbench.cli._output import emit_json, emit_table, si
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from attnbench.plan import Ceilings, Prediction, Total
+
+_TERA = 1e12
+
+
+def plan(
+    suite: SuiteName,
+    method: MethodNames = [],
+    axis: Axes = [],
+    set_: Settings = [],
+    flops: Annotated[float | None, typer.Option("--flops", metavar="TFLOP/S", help="Rate of matrix products. Default: an H100's.")] = None,
+    bandwidth: Annotated[float | None, typer.Option("--bandwidth", metavar="TB/S", help="Memory bandwidth. Default: an H100's.")] = None,
+    json: Json = False,
+    plugin: Plugins = [],
+) -> None:
+    """Say what a suite would run, and its least time, work and memory, by the methods' cost models. Runs nothing, needs no GPU."""
+    from attnbench import plan as planning
+
+    with_plugins(plugin)
+    chosen = read_suite(suite, axis, method, set_)
+    ceilings = _ceilings(flops, bandwidth)
+    cells = [planning.predict(case, ceilings) for case in chosen.expand()]
+    summary = planning.total(cells, chosen)
+    if json:
+        emit_json({"suite": chosen.name, "ceilings": ceilings.source, "cells": [c.as_dict() for c in cells], "total": summary.as_dict()})
+    else:
+        _print(cells, summary, ceilings)
+
+
+def _ceilings(flops: float | None, bandwidth: float | None) -> "Ceilings":
+    from attnbench.plan import H100, Ceilings
+
+    if flops is None and bandwidth is None:
+        return H100
+    rates = H100.flops_per_s if flops is None else dict.fromkeys(H100.flops_per_s, flops * _TERA)
+    given = [name for name, value in (("--flops", flops), ("--bandwidth", bandwidth)) if value is not None]
+    moved = H100.bytes_per_s if bandwidth is None else bandwidth * _TERA
+    return Ceilings(f"{' and '.join(given)}, the rest from: {H100.source}", moved, rates)
+
+
+def _print(cells: "Sequence[Prediction]", summary: "Total", ceilings: "Ceilings") -> None:
+    rows = [
+        {
+            "cell": str(p.case),
+            "params": ", ".join(f"{k}={v}" for k, v in p.case.params if k != "causal" or v),
+            "work": si(p.flops, "FLOP"),
+            "traffic": si(p.bytes, "B"),
+            "memory, at least": si(p.least_bytes, "B"),
+            "time, at least": si(p.floor_s, "s"),
+        }
+        for p in cells
+    ]
+    emit_table(rows, right=["work", "traffic", "memory, at least", "time, at least"])
+    print(f"{summary.cells} cells: {si(summary.flops, 'FLOP')} and at least {si(summary.floor_s, 's')} for one call of each")
+    print(f"at least {si(summary.timed_s, 's')} of timed calls, beside gate and compilation")
+    print(f"the largest cell holds at least {si(summary.largest_bytes, 'B')}")
+    print(f"ceilings: {ceilings.source}")
