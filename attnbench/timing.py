@@ -130,11 +130,11 @@ def measure(clock: Clock, protocol: Protocol, first_call_s: float, monitor: Moni
     At least three samples, at most `max_samples`, `budget_s` of timed calls and four budgets of wall time.
     """
     began = time.perf_counter()
-    samples = clock.sample(1)
+    samples = clock.sample(_LEAST_SAMPLES)
     clocks: list[int] = []
     throttled = 0
     while not _enough(samples, clock, protocol, began):
-        per_call = max(samples[-1] * clock.calls_per_sample, 1e-7)
+        per_call = max(sum(samples) / len(samples) * clock.calls_per_sample, 1e-7)
         left = protocol.budget_s - sum(samples) * clock.calls_per_sample
         count = max(1, min(10, protocol.max_samples - len(samples), int(left / per_call)))
         samples += clock.sample(count)
@@ -146,8 +146,6 @@ def measure(clock: Clock, protocol: Protocol, first_call_s: float, monitor: Moni
 
 
 def _enough(samples: Sequence[float], clock: Clock, protocol: Protocol, began: float) -> bool:
-    if len(samples) < _LEAST_SAMPLES:
-        return False
     spent = sum(samples) * clock.calls_per_sample
     slow = time.perf_counter() - began > _WALL_FACTOR * protocol.budget_s
     settled = len(samples) >= 10 and relative_half_width(samples) <= protocol.half_width

@@ -48,6 +48,11 @@ def _sdpa(name: str, limits: Limits, *operators: str) -> Implementation:
     return Implementation(name, f"attnbench.methods._sdpa:{name}", limits, operators=operators)
 
 
+def _half_on_gpu(_shape: Shape, _params: Params, dtype: torch.dtype, device: str) -> list[str]:
+    wrong = device == "cuda" and dtype.itemsize != 2
+    return [f"takes {' and '.join(_HALF)} on cuda, not {str(dtype).removeprefix('torch.')}"] if wrong else []
+
+
 _HALF = ("bfloat16", "float16")
 METHOD = Method(
     name="softmax",
@@ -63,7 +68,7 @@ METHOD = Method(
         _sdpa("cudnn", Limits(("cuda",), _HALF, max_dim=128, dim_multiple=8, cross=True), "aten::_scaled_dot_product_cudnn_attention"),
         _sdpa(
             "flash",
-            Limits(dtypes=("float64", "float32", *_HALF), max_dim=256, value_dim=False, cross=True, extra=None),
+            Limits(max_dim=256, value_dim=False, cross=True, extra=_half_on_gpu),
             "aten::_scaled_dot_product_flash_attention",
             "aten::_scaled_dot_product_flash_attention_for_cpu",
         ),
