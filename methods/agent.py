@@ -21,6 +21,7 @@ from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Shape, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from . import _fused
 from ._landmarks import LandmarkParams, landmarks, pool_flops
 
 if TYPE_CHECKING:
@@ -92,5 +93,8 @@ METHOD = Method(
     experts=experts,
     cost=cost,
     limits=Limits(cross=True, no_causal="agents average later queries and gather later keys"),
-    implementations=(Implementation("sdpa", "attnbench.methods.agent:sdpa", Limits(cross=True)),),
+    implementations=(
+        _fused.implementation("agent"),
+        Implementation("sdpa", "attnbench.methods.agent:sdpa", Limits(cross=True)),
+    ),
 )

@@ -24,6 +24,7 @@ from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from . import _fused
 from ._landmarks import LandmarkParams, landmarks, pool_flops
 from ._varlen import segment_reasons, varlen_reasons
 
@@ -166,6 +167,7 @@ METHOD = Method(
     cost=cost,
     limits=Limits(cross=True, no_causal="landmarks average later queries and experts hold later keys"),
     implementations=(
+        _fused.implementation("mita"),
         Implementation(
             "varlen",
             "attnbench.methods._mita_varlen:varlen",
