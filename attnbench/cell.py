@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from attnbench.method import Implementation, Method, Params
     from attnbench.suite import Case, Protocol
 
+_SLOW_S = 2.0
+"""calls slower than this are not repeated to see whether they are deterministic"""
 ENVIRONMENT = "environment"
 """Message that asks a worker what it runs on."""
 
@@ -125,7 +127,8 @@ class CellRunner:
         )
         bound = Bound.of(method, chosen, params, tensors, backward=backward)
         first_call_s = self._timed_once(bound)
-        verdict = check.gate(method, chosen, params, tensors, backward=backward, rows=self.protocol.gate_rows)
+        repeat = first_call_s < _SLOW_S
+        verdict = check.gate(method, chosen, params, tensors, backward=backward, rows=self.protocol.gate_rows, repeat=repeat)
         if not verdict.passed:
             return replace(record, status=Status.INCORRECT, gate=verdict, reasons=_excess(verdict.errors, verdict.bounds))
         metrics = TASKS[case.task](method, params, tensors, bound.forward, chosen.layout)

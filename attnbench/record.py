@@ -85,8 +85,8 @@ class Gate:
     rows: int
     """queries compared in each of `heads` heads"""
     heads: int
-    deterministic: bool
-    """whether a second call gave the same bits"""
+    deterministic: bool | None
+    """whether a second call gave the same bits; None where it was not tried"""
     operator: str = ""
     """kernel or operator that was seen to run"""
 
