@@ -2,7 +2,8 @@
 
 `method.experts` is called at two lengths and for two inputs each. What follows from the banks:
 
-- scaling: routing where queries differ in the experts they use or where tokens are left out, compression where units are no tokens;
+- scaling: routing where queries leave experts or tokens out, compression where units are no tokens or enter linearly (a compressed
+  expert for each segment of the sequence is compression alone: nothing is chosen);
 - expert: a linear layer where hidden units enter linearly;
 - count: the number E of routed experts, at both lengths; one shared where nothing is routed;
 - construction: what the experts' tokens and weights depend on (position, q, k, v), as far as that tells;
@@ -155,8 +156,9 @@ def scaling(seen: Sequence[Observation]) -> Measured:
     found: list[Found] = []
     for one in seen:
         banks = one.weights.banks
-        routes = bool(one.routed) or any(_gathers(bank, one.n) for bank in banks)
-        folds = any(bank.compressed or bank.activation == "linear" for bank in banks)
+        routes = any(not (_folded(bank) and _segmented(bank, one.n)) for bank in map(banks.__getitem__, one.routed))
+        routes = routes or any(_gathers(bank, one.n) for bank in banks)
+        folds = any(_folded(bank) for bank in banks)
         if routes:
             found.append((Scaling.BOTH if folds else Scaling.ROUTING,))
         else:
@@ -209,11 +211,26 @@ def _topology(bank: Bank, n: int, counted: set[StrEnum]) -> Topology:
     if bank.experts == n and chosen.shape[-1] == 1:
         own = bool((chosen[..., 0].sort(-1).values == torch.arange(n)).all())
         return Topology.ONE_TO_ONE if own else Topology.N_TO_M
-    size = -(-n // bank.experts)
-    together = all(bool((part == part[:, :, :1]).all()) for part in chosen.split(size, 2))
+    together = _together(bank, n)
     if Count.LANDMARKS in counted and bank.experts != n:
-        return Topology.BLOCK_TO_ONE if together and chosen.shape[-1] == 1 else Topology.N_TO_M
+        return Topology.BLOCK_TO_ONE if _segmented(bank, n) else Topology.N_TO_M
     return Topology.BLOCKS_TO_BLOCKS if together else Topology.N_TO_BLOCKS
+
+
+def _together(bank: Bank, n: int) -> bool:
+    """Whether the queries of a run of N / E choose the same experts."""
+    assert bank.routes is not None
+    runs = bank.routes.sort(-1).values.split(-(-n // bank.experts), 2)
+    return all(bool((run == run[:, :, :1]).all()) for run in runs)
+
+
+def _segmented(bank: Bank, n: int) -> bool:
+    """Whether each run of N / E queries has one expert: the sequence is cut up, and nothing is chosen."""
+    return bank.per_query == 1 and bank.experts != n and _together(bank, n)
+
+
+def _folded(bank: Bank) -> bool:
+    return bank.compressed or bank.activation == "linear"
 
 
 def construction(seen: Sequence[Observation]) -> Measured:
