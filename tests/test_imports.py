@@ -141,7 +141,8 @@ import attnbench
 from attnbench.registry import registry
 assert len(attnbench.methods()) >= 10 and not registry().failed, registry().failed
 new = set(sys.modules) - before
-print(sorted(m for m in new if m.partition('.')[0] in ('triton', 'xformers', 'flash_attn')), 'triton' in sys.modules, torch.cuda.is_initialized())
+optional = sorted(m for m in new if m.partition('.')[0] in ('triton', 'xformers', 'flash_attn'))
+print(optional, 'triton' in sys.modules, torch.cuda.is_initialized())
 """
     assert fresh(code) == "[] False False"
 

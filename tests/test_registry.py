@@ -128,7 +128,7 @@ def test_a_name_that_is_taken_is_refused_and_both_places_are_named(own: Registry
 def test_a_path_that_is_no_plugin_is_refused(own: Registry, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         registry.add_plugins([tmp_path / "absent.py"])
-    with pytest.raises(UserError, match="holds no .py file"):
+    with pytest.raises(UserError, match=r"holds no \.py file"):
         registry.add_plugins([tmp_path])
 
 

@@ -7,9 +7,9 @@ import json
 import resource
 import signal
 import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +20,9 @@ from attnbench.errors import UserError
 from attnbench.record import SCHEMA, Gate, Memory, Record, Status, Timing
 from attnbench.store import Store
 from attnbench.suite import Case
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 numbers = st.floats(allow_nan=False)
 timings = st.builds(Timing, st.lists(st.floats(0, 10), min_size=1, max_size=4).map(tuple), st.floats(0, 10), st.just("cpu"))

@@ -1,0 +1,448 @@
+"""The command line: what goes where, exit codes, and one line for each mistake."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+import attnbench
+from attnbench import runner, store
+from attnbench.cli import app
+from attnbench.cli._output import comma_separated, latex, markdown, si
+from attnbench.errors import UserError
+from attnbench.plan import Ceilings, predict
+from attnbench.record import Record, Status
+from attnbench.suite import Case
+
+SUITE = """
+title = "Small"
+question = "Does it run?"
+task = "speed"
+[axes]
+n = [16, 32, 48, 64]
+[fixed]
+dim = 8
+[measure]
+budget_s = 0.01
+aa = false
+[[method]]
+name = "softmax"
+[[method]]
+name = "topk"
+topk = 4
+"""
+
+FLAGS = {
+    "": {"--version", "--install-completion", "--show-completion", "--help", "-h"},
+    "check": {"--all", "--device", "--json", "--plugin"},
+    "compare": {"--results", "--json"},
+    "env": {"--device", "--json"},
+    "list": {"--device", "--verbose", "-v", "--json", "--plugin"},
+    "merge": {"--into"},
+    "plan": {"--method", "--axis", "--set", "--flops", "--bandwidth", "--json", "--plugin"},
+    "plot": {"--out"},
+    "report": {"--format", "--out"},
+    "run": {
+        *("--results", "--device", "--method", "--axis", "--set", "--resume", "--no-resume", "--retry", "--timeout", "--budget-s"),
+        *("--quiet", "-q", "--json", "--plugin"),
+    },
+    "show": {"--n", "--batch", "--heads", "--dim", "--set", "--device", "--json", "--plugin"},
+    "suites": {"--json"},
+    "taxonomy": {"--scaling", "--expert", "--count", "--construction", "--topology", "--format", "--verify", "--plugin"},
+}
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+def answer(*words: object) -> Any:
+    """The JSON that a command prints."""
+    result = call(*words)
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(SUITE)
+    return path
+
+
+def test_the_flags_are_frozen() -> None:
+    group: Any = typer.main.get_command(app)
+    found = {name: {o for p in c.params for o in (*p.opts, *p.secondary_opts) if o.startswith("-")} for name, c in group.commands.items()}
+    context = group.make_context("attnbench", ["list"])
+    found[""] = {o for p in group.get_params(context) for o in p.opts}
+    assert found == FLAGS
+
+
+@pytest.mark.parametrize("command", [c for c in FLAGS if c])
+def test_every_command_explains_itself_and_its_options(command: str) -> None:
+    group: Any = typer.main.get_command(app)
+    assert call(command, "--help").exit_code == 0
+    assert group.commands[command].help
+    assert [
+        p.name for p in group.commands[command].params if not getattr(p, "help", None) and p.name not in ("batch", "heads", "format_")
+    ] == []
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    assert "taxonomy" in call().output
+    assert call("--version").stdout.strip() == attnbench.__version__
+
+
+@pytest.mark.parametrize(
+    ("words", "culprit"),
+    [
+        ("show mitta", "unknown method 'mitta': did you mean mita?"),
+        ("show mita --set topk=big", "mita.topk = 'big' is not of type int"),
+        ("show mita --set topk=4097", "topk = 4097 exceeds"),
+        ("show mita --set topk", "there is no '='"),
+        ("show softmax --heads 0", "heads = 0 is not a size"),
+        ("check nothing", "unknown method 'nothing'"),
+        ("check", "name a method, or give --all"),
+        ("taxonomy --scaling routes", "unknown scaling 'routes': choose from"),
+        ("plan sped", "unknown suite 'sped': did you mean speed?"),
+        ("plan quick --axis n", "--axis n: there is no '='"),
+        ("plan quick --axis m=5", "unknown axis 'm'"),
+        ("plan quick --axis n=many", "many"),
+        ("plan quick --axis dtype=fp8", "unknown value of dtype 'fp8'"),
+        ("plan quick --axis profile=rnd", "unknown profile 'rnd'"),
+        ("plan quick --set mita=5", "names no method and parameter"),
+        ("plan quick --set mita.top=5", "unknown parameter 'top' in mita"),
+        ("plan quick --set mta.topk=5", "unknown method 'mta'"),
+        ("plan quick --axis n=16", "exceeds"),
+        ("plan quick --method nosuch", "unknown method 'nosuch'"),
+        ("plan quick --flops 0", "above 0"),
+        ("run sped", "unknown suite 'sped'"),
+        ("run quick --budget-s 0", "budget_s = 0.0 must be above 0"),
+        ("run quick --plugin absent.py", "plugin absent.py does not exist"),
+        ("list --plugin absent.py", "plugin absent.py does not exist"),
+        ("plot absent", "absent does not exist: run a suite first"),
+        ("report absent", "absent does not exist: run a suite first"),
+        ("compare a b --results absent", "absent does not exist"),
+        ("merge absent --into elsewhere", "absent does not exist"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(words: str, culprit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = call(*words.split())
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert culprit in result.stderr
+    assert list(tmp_path.iterdir()) == [], "a mistake leaves nothing behind"
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU, so demanding one is no mistake")
+@pytest.mark.parametrize("command", ["run quick", "env", "list", "check softmax"])
+def test_a_gpu_that_is_demanded_and_absent_is_a_mistake(command: str) -> None:
+    result = call(*command.split(), "--device", "cuda")
+    assert result.exit_code == 2
+    assert "device cuda was asked for" in result.stderr
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: str) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("attnbench.environment.pick_device", broken)
+    assert isinstance(call("env").exception, RuntimeError)
+
+
+def test_list_filters_and_says_what_runs_here() -> None:
+    found = answer("list", "s*", "--json", "--device", "cpu")
+    assert [m["name"] for m in found["methods"]] == ["sliding_window", "softmax"]
+    state = {i["name"]: i for i in found["methods"][1]["implementations"]}
+    assert state["eager"]["available"]
+    assert state["cudnn"] == {**state["cudnn"], "available": False, "reasons": ["runs on cuda only"]}
+    text = call("list", "softmax", "--device", "cpu").stdout
+    assert "runs on cuda only" in text
+    assert "mita" not in text
+
+
+def test_list_shows_what_failed_to_load_beside_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from attnbench import registry
+
+    known = registry.registry()
+    copy = registry.Registry(dict(known.found), {}, dict(known.sources))
+    monkeypatch.setattr(registry, "registry", lambda: copy)
+    (tmp_path / "broken.py").write_text("raise RuntimeError('of its own making')")
+    result = call("list", "--plugin", tmp_path / "broken.py")
+    assert result.exit_code == 0
+    assert "softmax" in result.stdout
+    assert "failed to load: broken" in result.stderr
+    assert "of its own making" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert "Traceback" in call("list", "--plugin", tmp_path / "broken.py", "-v").stderr
+
+
+def test_show_counts_the_cost_that_the_formula_gives() -> None:
+    facts = answer("show", "softmax", "--n", 100, "--heads", 3, "--dim", 8, "--json")
+    assert facts["cost"]["forward_flops"] == 4 * 3 * 100 * 100 * 8
+    assert facts["coordinates"]["topology"] == "all-to-one"
+    text = call("show", "mita").stdout
+    for word in ("MiTA", "Wen et al.", "landmark probing", "keys of one expert", "arxiv.org/abs/2602.01219"):
+        assert word in text
+    assert answer("show", "topk", "--set", "topk=7", "--json")["cost"]["params"]["topk"] == 7
+
+
+def test_the_taxonomy_is_the_same_table_in_every_format() -> None:
+    rows = answer("taxonomy", "--format", "json")
+    assert {r["name"] for r in rows} == set(attnbench.methods())
+    table = call("taxonomy", "--format", "csv").stdout
+    assert list(csv.DictReader(io.StringIO(table))) == rows
+    lines = call("taxonomy", "--format", "markdown").stdout.splitlines()
+    assert [[c.strip() for c in line.strip("|").split("|")] for line in lines[2:]] == [list(r.values()) for r in rows]
+    tex = call("taxonomy", "--format", "latex").stdout
+    assert tex.count(r"\\") == len(rows) + 1
+    assert r"compression \& routing" in tex
+    assert all(row["name"] in call("taxonomy").stdout for row in rows)
+
+
+def test_the_taxonomy_filters_by_any_dimension() -> None:
+    def names(*words: str) -> set[str]:
+        return {r["name"] for r in answer("taxonomy", "--format", "json", *words)}
+
+    assert names("--scaling", "routing") == {"moba", "topk", "sliding_window"}
+    assert names("--scaling", "routing", "--construction", "locality prior") == {"moba", "sliding_window"}
+    assert names("--expert", "linear") == {"linear"}
+    assert names("--count", "N/n") == {"moba"}
+    assert names("--topology", "N-to-m") == {"mita"}
+
+
+def test_verify_exits_with_1_on_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from attnbench import registry
+    from attnbench.taxonomy import Count
+
+    assert call("taxonomy", "--verify", "--scaling", "routing").exit_code == 0
+    honest = attnbench.get("moba")
+    liar = replace(honest, coordinates=replace(honest.coordinates, count=Count.TOKENS))
+    monkeypatch.setitem(registry.registry().found, "moba", liar)
+    result = call("taxonomy", "--verify", "--scaling", "routing", "--format", "json")
+    assert result.exit_code == 1
+    assert [(r["method"], r["dimension"]) for r in json.loads(result.stdout) if r["verdict"] == "conflict"] == [("moba", "count")]
+    assert "1 declared coordinates conflict" in result.stderr
+
+
+def test_check_reports_every_implementation_and_fails_on_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from attnbench import registry
+
+    rows = answer("check", "softmax@math", "--device", "cpu", "--json")
+    assert {r["verdict"] for r in rows} == {"passed"}
+    assert all(r["error"] <= r["bound"] for r in rows)
+    wrong = replace(attnbench.get("softmax"), implementations=(replace(attnbench.get("linear").all_implementations()[0], name="wrong"),))
+    monkeypatch.setitem(registry.registry().found, "softmax", wrong)
+    result = call("check", "softmax@wrong", "--device", "cpu", "--json")
+    assert result.exit_code == 1
+    assert "failed" in {r["verdict"] for r in json.loads(result.stdout)}
+
+
+def test_suites_and_env() -> None:
+    assert {"quick", "speed", "vision", "fidelity"} == {row["suite"] for row in answer("suites", "--json")}
+    assert "From which length" in call("suites").stdout
+    facts = answer("env", "--device", "cpu", "--json")
+    assert facts["device_type"] == "cpu"
+    assert facts["packages"]["torch"]
+    assert set(facts["missing"]).isdisjoint(facts["packages"])
+    assert "python" in call("env").stdout
+
+
+def test_plan_predicts_by_the_roofline() -> None:
+    words = [
+        "quick",
+        "--method",
+        "softmax@eager",
+        "--axis",
+        "n=64,128",
+        "--axis",
+        "mode=forward",
+        "--flops",
+        "1",
+        "--bandwidth",
+        "0.001",
+        "--json",
+    ]
+    found = answer("plan", *words)
+    assert found["total"]["cells"] == 4, "two lengths, each measured again for the noise floor"
+    cell = next(c for c in found["cells"] if c["n"] == 128)
+    heads, dim = 4, 32
+    assert cell["flops"] == 4 * heads * 128 * 128 * dim
+    assert cell["bytes"] == cell["least_bytes"] == 4 * heads * 128 * dim * 4
+    assert cell["floor_s"] == max(cell["flops"] / 1e12, cell["bytes"] / 1e9) == cell["bytes"] / 1e9
+    assert found["total"]["flops"] == sum(c["flops"] for c in found["cells"])
+    text = call("plan", "quick").stdout
+    assert "H100" in text
+    assert "mita" in text
+
+
+def test_a_backward_pass_costs_more_of_everything() -> None:
+    forward, both = (predict(Case(task="speed", method="softmax", mode=mode)) for mode in ("forward", "forward+backward"))
+    assert both.flops == 3.5 * forward.flops
+    assert both.least_bytes == 2 * forward.least_bytes
+    assert both.floor_s > forward.floor_s
+    slow = predict(forward.case, Ceilings("slow", 1e3, {"float32": 1e30}))
+    assert slow.floor_s == forward.bytes / 1e3
+    with pytest.raises(UserError, match="above 0"):
+        Ceilings("broken", -1)
+
+
+@pytest.mark.timeout(250)
+def test_a_run_resumes_after_ctrl_c_and_its_results_merge(suite: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    words = [
+        sys.executable,
+        str(Path(__file__).parent.parent / "cli.py"),
+        "run",
+        str(suite),
+        "--results",
+        str(results),
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    assert process.stdout is not None
+    first = process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the worker gets it too
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert json.loads(first)["status"] == "ok"
+    assert "cells done, run again with --resume" in stderr
+    assert "Traceback" not in stderr
+    again = subprocess.run([*words, "--resume"], capture_output=True, text=True, env=environment, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "settled before" in again.stderr
+    records = [r for file in store.find(results) for r in store.read(file).records]
+    assert Counter((r.case.method, r.case.n) for r in records) == Counter((m, n) for m in ("softmax", "topk") for n in (16, 32, 48, 64))
+    assert {r.status for r in records} == {Status.OK}
+    merged = call("merge", results, results, "--into", tmp_path / "merged")
+    assert merged.stdout.strip() == str(tmp_path / "merged")
+    assert "8 new records" in merged.stderr
+    assert "0 new records" in call("merge", results, "--into", tmp_path / "merged").stderr
+    lines = call("compare", "softmax", "topk", "--results", results).stdout.splitlines()
+    assert len(lines) == 4
+    rows = answer("compare", results, results, "--json")
+    assert {row["verdict"] for row in rows} == {"not separable"}
+
+
+def sweeping(monkeypatch: pytest.MonkeyPatch, *statuses: Status, interrupt: bool = False) -> list[dict[str, Any]]:
+    """Replace the sweep by one that tells of cells with these statuses; returns how it was called."""
+    calls: list[dict[str, Any]] = []
+
+    def sweep(chosen: Any, results: Path, *, tell: Any, **options: Any) -> runner.Summary:
+        calls.append({"suite": chosen, "results": results, **options})
+        records = [
+            Record(Case(task="speed", method="softmax", n=i + 1), status, "e", reasons=("because",)) for i, status in enumerate(statuses)
+        ]
+        for i, record in enumerate(records):
+            tell(runner.Event("start", i, len(records), record.case))
+            tell(runner.Event("record", i + 1, len(records), record.case, record))
+        if interrupt:
+            raise KeyboardInterrupt
+        return runner.Summary(results / "here", Counter(statuses), records=records)
+
+    monkeypatch.setattr(runner, "sweep", sweep)
+    return calls
+
+
+def test_failed_cells_end_in_a_table_and_exit_code_1(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeping(monkeypatch, Status.OK, Status.OOM, Status.UNSUPPORTED, Status.ERROR)
+    result = call("run", suite, "--device", "cpu", "--quiet")
+    assert result.exit_code == 1
+    assert result.stdout.strip() == "results/here", "data alone goes to stdout"
+    table = result.stderr[result.stderr.index("failed cells") :]
+    assert table.count("because") == 2
+    assert "unsupported" not in table
+
+
+def test_unsupported_and_skipped_cells_are_no_failure(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeping(monkeypatch, Status.OK, Status.UNSUPPORTED, Status.SKIPPED)
+    result = call("run", suite, "--device", "cpu")
+    assert result.exit_code == 0
+    assert "1 ok, 1 unsupported, 1 skipped" in result.stderr
+
+
+def test_an_interruption_says_how_far_it_got(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeping(monkeypatch, Status.OK, Status.OK, interrupt=True)
+    result = call("run", suite, "--device", "cpu")
+    assert result.exit_code == 130
+    assert "interrupted: 2 cells done, run again with --resume" in result.stderr
+
+
+def test_quiet_and_json_keep_progress_and_data_apart(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeping(monkeypatch, Status.OK, Status.ERROR)
+    loud, quiet, machine = (call("run", suite, "--device", "cpu", *extra) for extra in ([], ["--quiet"], ["--json"]))
+    assert "[1/2] ok" in loud.stderr
+    assert "[1/2] ok" not in quiet.stderr
+    assert "[2/2] error" in quiet.stderr
+    assert [json.loads(line)["status"] for line in machine.stdout.splitlines()] == ["ok", "error"]
+
+
+def test_options_reach_the_sweep(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = sweeping(monkeypatch, Status.OK)
+    more = [
+        "--axis",
+        "n=8,9",
+        "--method",
+        "topk",
+        "--set",
+        "topk.topk=2,3",
+        "--timeout",
+        "7",
+        "--budget-s",
+        "0.5",
+        "--retry",
+        "--results",
+        "there",
+    ]
+    assert call("run", suite, "--device", "cpu", *more).exit_code == 0
+    assert call("run", suite, "--device", "cpu").exit_code == 0
+    given, plain = calls
+    assert {(c.method, dict(c.params)["topk"], c.n) for c in given["suite"].expand()} == {("topk", k, n) for k in (2, 3) for n in (8, 9)}
+    assert (given["suite"].protocol.timeout_s, given["suite"].protocol.budget_s) == (7, 0.5)
+    assert (given["resume"], given["retry"], given["results"]) == (True, True, Path("there")), "--retry is a way to resume"
+    assert (plain["resume"], plain["retry"], plain["results"]) == (False, False, Path("results"))
+
+
+def test_completion_knows_methods_and_suites() -> None:
+    from attnbench.cli._options import complete_method, complete_suite
+
+    assert complete_method("m") == ["mita", "moba"]
+    assert complete_suite("s") == ["speed"]
+
+
+def test_tables_escape_what_their_format_reserves() -> None:
+    rows = [{"a": "x|y", "c_d": "50%"}]
+    assert markdown(rows).splitlines()[2] == r"| x\|y | 50% |"
+    assert r"50\%" in latex(rows)
+    assert r"c\_d" in latex(rows)
+    assert comma_separated([{"a": 'say "x, y"'}]) == 'a\n"say ""x, y"""'
+    assert markdown([]) == latex([]) == comma_separated([]) == ""
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (2.5e12, "2.5 TB"), (3e-3, "3 mB"), (4e-9, "4 nB")]
+)
+def test_prefixes(value: float, text: str) -> None:
+    assert si(value, "B") == text
