@@ -40,7 +40,7 @@ def attend_kernel(
     b_sum = tl.zeros([T], tl.float32)
     b_acc = tl.zeros([T, BDV], tl.float32)
     if SHARED:
-        for i in tl.static_range(0, M, BM):
+        for i in range(0, M, BM):
             o_m = i + tl.arange(0, BM)
             m_m = o_m < M
             b_r = load_rows(r + i_head * M * D, o_m, m_m, D, D, BD)
@@ -53,7 +53,7 @@ def attend_kernel(
     if ROUTED:
         p_k = k + head_offset(i_bh, H, G, stride_kb, stride_kh)
         p_v = v + head_offset(i_bh, H, G, stride_vb, stride_vh)
-        for i in tl.static_range(0, K, BK):
+        for i in range(0, K, BK):
             o_k = i + tl.arange(0, BK)
             m_k = o_k < K
             b_j = tl.load(index + (i_head * M + i_e) * K + o_k, mask=m_k, other=0)

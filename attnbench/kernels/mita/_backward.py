@@ -55,7 +55,7 @@ def query_grad(
         grad, q, k, v, out, saved.lse, saved.r, saved.value, saved.index, saved.order, saved.start, saved.tile, dq, delta,
         *grad.stride()[:3], *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], h, n, tiles, setting.scale, setting.shared_scale,
         K=top, S=s, T=p.tile, BM=p.block_m, BK=p.block_k, MP=p.landmarks, SHARED=setting.shared, ROUTED=setting.routed, **common,
-        num_warps=4,
+        num_warps=p.attend_warps,
     )  # fmt: skip
     return dq, delta
 
@@ -73,7 +73,7 @@ def landmark_grad(
         grad, q, saved.lse, delta, saved.r, saved.value, part_r, part_u, *grad.stride()[:3], *q.stride()[:3], h, n, parts,
         setting.shared_scale, MT=p.probe_tiles, ROWS=p.stream, T=p.tile, BM=p.block_m,
         **{key: x for key, x in common.items() if key != "G"},
-        num_warps=4, num_stages=2,
+        num_warps=p.grad_warps, num_stages=2,
     )  # fmt: skip
     u, u_delta, dr = torch.empty_like(saved.value), torch.empty(heads, m, **float_), torch.empty(b, h, m, d, **float_)
     widths = {key: common[key] for key in ("D", "DV", "BD", "BDV")}
@@ -83,7 +83,7 @@ def landmark_grad(
     splits, once = min(blocks, p.key_splits), p.probe_tiles == 1 and group == 1
     part = torch.empty(heads * (splits if once else p.probe_splits) * m, d, **float_)
     strides = (*k.stride()[:3], *v.stride()[:3])
-    tail = {"MT": p.probe_tiles, "BM": p.block_m, "BN": p.key_block, **common, "num_warps": 4, "num_stages": 2}
+    tail = {"MT": p.probe_tiles, "BM": p.block_m, "BN": p.key_block, **common, "num_warps": p.grad_warps, "num_stages": 2}
     probe_grad_kernel[(kv_heads * splits,)](
         saved.r, k, v, u, u_delta, saved.stat, dk, dv_, part, *strides, h, keys, splits, blocks, setting.scale,
         KEYS=True, PROBES=once, **tail,
@@ -117,7 +117,7 @@ def routed_grad(
     routed_grad_kernel[(heads * segments * tiles,)](
         grad, q, k, v, saved.lse, delta, saved.index, saved.order, saved.start, first, part, part_v, *grad.stride()[:3], *q.stride()[:3],
         *k.stride()[:3], *v.stride()[:3], h, n, segments, setting.scale, K=top, S=s, KT=tiles, SEGMENT=p.segment, T=p.tile,
-        BK=p.block_k, MP=p.landmarks, **common, num_warps=4, num_stages=2,
+        BK=p.block_k, MP=p.landmarks, **common, num_warps=p.grad_warps, num_stages=2,
     )  # fmt: skip
     widths = {name: common[name] for name in ("G", "D", "DV", "BD", "BDV")}
     rows_ = 16
@@ -130,8 +130,8 @@ def routed_grad(
 def finish(dq: Tensor, q: Tensor, dr: Tensor, setting: Setting, s: int, pooled: bool, p: Plan) -> Tensor:
     """Sum the slots of dq and add what comes through pooling."""
     b, h, n, d = q.shape
-    out, blocks = q.new_empty(b, h, n, d) if s > 1 else dq, -(-n // p.pool_block)
+    out, blocks = q.new_empty(b, h, n, d) if s > 1 else dq, -(-n // p.finish_block)
     finish_kernel[(b * h * blocks,)](
-        dq, dr, out, n, blocks, *(setting.grid or (0, 1, n, 1, 1)), S=s, D=d, BD=p.dim, BT=p.pool_block, POOLED=pooled, num_warps=4
+        dq, dr, out, n, blocks, *(setting.grid or (0, 1, n, 1, 1)), S=s, D=d, BD=p.dim, BT=p.finish_block, POOLED=pooled, num_warps=4
     )  # fmt: skip
     return out

@@ -95,11 +95,10 @@ def build_experts(r: Tensor, k: Tensor, v: Tensor, top: int, setting: Setting, p
         r, k, v, chunk_max, acc, part[0], part[1], *k.stride()[:3], *v.stride()[:3], h, n, splits, blocks, setting.scale,
         MT=p.probe_tiles, BM=p.block_m, PREC=p.prec, **common, num_warps=4, num_stages=3 if p.probe_block == 128 else 2,
     )  # fmt: skip
-    widest = max(power(groups), width * p.group, width * p.chunk) if setting.routed else 1
     select_kernel[(heads * m,)](
         r, k, chunk_max, acc, part[0], part[1], value, stat, index, list_, score, *k.stride()[:3], h, n, splits, chunks, groups,
         K=top, PG=p.group, BG=power(groups), KP=width, BS=min(16, power(splits)), BC=min(64, width * p.chunk), **common,
-        num_warps=8 if widest > 4096 else 4 if widest > 512 else 2,
+        num_warps=p.select_warps,
     )  # fmt: skip
     return value, stat, index
 
@@ -112,7 +111,7 @@ def route(q: Tensor, r: Tensor, s: int, p: Plan) -> tuple[Tensor, Tensor, Tensor
     count = torch.empty(b * h, blocks, m, **int_)
     gate_kernel[(b * h * blocks,)](
         q, r, expert, count, *q.stride()[:3], h, n, blocks, M=m, S=s, D=d, ROWS=p.gate_rows, BQ=p.gate_block, MP=p.landmarks,
-        BD=p.dim, PREC=p.prec, num_warps=8 if p.landmarks > 64 else 4,
+        BD=p.dim, PREC=p.gate_prec, num_warps=8 if p.landmarks > 64 else 4,
     )  # fmt: skip
     order, start, tile = torch.empty(b, h, s * n, **int_), torch.empty(b, h, m + 1, **int_), torch.empty(b, h, m + 1, **int_)
     permute_kernel[(b * h * blocks,)](
@@ -142,7 +141,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor | None, setting: 
         q, k, v, r, value, index, order, start, tile, part, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         h, n, tiles, setting.scale, setting.shared_scale, G=group, M=m, K=top, S=s, D=d, DV=dv, T=p.tile, BM=p.block_m,
         BK=p.block_k, MP=p.landmarks, BD=p.dim, BDV=p.dim_v, SHARED=setting.shared, ROUTED=setting.routed, PREC=p.prec,
-        num_warps=4, num_stages=2,
+        num_warps=p.attend_warps, num_stages=2,
     )  # fmt: skip
     if s > 1:
         blocks = -(-n // 64)

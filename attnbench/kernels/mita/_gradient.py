@@ -42,7 +42,7 @@ def query_grad_kernel(
     tl.store(delta + i_head * N + o_q, b_delta, mask=m_q & (b_pair < N))
     b_dq = tl.zeros([T, BD], tl.float32)
     if SHARED:
-        for i in tl.static_range(0, M, BM):
+        for i in range(0, M, BM):
             o_m = i + tl.arange(0, BM)
             m_m = o_m < M
             b_r = load_rows(r + i_head * M * D, o_m, m_m, D, D, BD)
@@ -55,7 +55,7 @@ def query_grad_kernel(
     if ROUTED:
         p_k = k + head_offset(i_bh, H, G, stride_kb, stride_kh)
         p_v = v + head_offset(i_bh, H, G, stride_vb, stride_vh)
-        for i in tl.static_range(0, K, BK):
+        for i in range(0, K, BK):
             o_k = i + tl.arange(0, BK)
             m_k = o_k < K
             b_j = tl.load(index + (i_head * M + i_e) * K + o_k, mask=m_k, other=0)

@@ -26,6 +26,8 @@ class Plan:
 
     prec: str
     """precision of products of float32: three tensor-core products make up one, to about 2^-21; 16-bit types ignore it"""
+    gate_prec: str
+    """the same for the gate, which holds all landmarks at once and so runs out of shared memory first"""
     dim: int
     dim_v: int
     """head dimensions padded to a power of two"""
@@ -55,6 +57,12 @@ class Plan:
     key_block: int
     """keys a block of the landmark pass's backward"""
     key_splits: int
+    finish_block: int
+    """queries a program that adds pooling's share to dq"""
+    select_warps: int
+    attend_warps: int
+    grad_warps: int
+    """of the kernels that sum gradients of landmarks and keys"""
 
     def tiles(self, pairs: int, experts: int) -> int:
         """Bound on the tiles of a head."""
@@ -79,11 +87,14 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
     group = 1 if chunks <= 2048 else power(max(chunks / 2048, 0.75 * (chunks / k) ** 0.5))
     gate_block = 64 if mp > 64 or big else 128
     rows = min(4096 if n > 1 << 18 else 1024, power(heads * n / (4 * sms)))
+    widest = max(power(chunks / group), power(k) * max(group, chunk))
+    prec = "tf32x3" if fp32 else "tf32"
     return Plan(
-        prec="tf32x3" if fp32 else "tf32", dim=dim, dim_v=dim_v, landmarks=mp, block_m=block_m, block_k=block_k,
-        pool_block=64 if dim > 64 else 128 if n // m >= 128 else 32, probe_block=probe_block, probe_tiles=probe_tiles,
-        probe_splits=min(blocks, max(1, 2 * sms // (heads * probe_tiles))), chunk=chunk, group=group,
+        prec=prec, gate_prec="ieee" if fp32 and mp * dim > 1 << 14 else prec, dim=dim, dim_v=dim_v, landmarks=mp,
+        block_m=block_m, block_k=block_k, pool_block=64 if dim > 64 else 128 if n // m >= 128 else 32, probe_block=probe_block,
+        probe_tiles=probe_tiles, probe_splits=min(blocks, max(1, 2 * sms // (heads * probe_tiles))), chunk=chunk, group=group,
         gate_rows=max(rows, gate_block), gate_block=gate_block, tile=32 if fp32 else 64,
         segment=min(2048, max(128, power(n * s / m))), stream=min(2048, max(128, power(heads * n / (2 * sms)))),
-        key_block=32 if big else 64, key_splits=min(-(-keys // 32), max(1, 2 * sms // heads)),
+        key_block=32 if big else 64, key_splits=min(-(-keys // 32), max(1, 2 * sms // heads)), finish_block=64 if dim <= 64 else 32,
+        select_warps=8 if widest > 4096 else 4 if widest > 512 else 2, attend_warps=4, grad_warps=4,
     )  # fmt: skip
