@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from attnbench.cli import app
 from attnbench.cli._output import comma_separated, latex, markdown, si
 from attnbench.errors import UserError
 from attnbench.plan import Ceilings, predict
-from attnbench.record import Record, Status
+from attnbench.record import Memory, Record, Status, Timing
 from attnbench.suite import Case
 
 SUITE = """
@@ -227,8 +228,6 @@ def test_the_taxonomy_filters_by_any_dimension() -> None:
 
 
 def test_verify_exits_with_1_on_a_conflict(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     from attnbench import registry
     from attnbench.taxonomy import Count
 
@@ -243,8 +242,6 @@ def test_verify_exits_with_1_on_a_conflict(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_check_reports_every_implementation_and_fails_on_a_wrong_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataclasses import replace
-
     from attnbench import registry
 
     rows = answer("check", "softmax@math", "--device", "cpu", "--json")
@@ -282,7 +279,7 @@ def test_plan_predicts_by_the_roofline() -> None:
         "0.001",
         "--json",
     ]
-    found = answer("plan", *words)
+    found = answer("plan", *words, "--flops", 1, "--bandwidth", 0.001)
     assert found["total"]["cells"] == 4, "two lengths, each measured again for the noise floor"
     cell = next(c for c in found["cells"] if c["n"] == 128)
     heads, dim = 4, 32
@@ -423,6 +420,36 @@ def test_options_reach_the_sweep(suite: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (given["suite"].protocol.timeout_s, given["suite"].protocol.budget_s) == (7, 0.5)
     assert (given["resume"], given["retry"], given["results"]) == (True, True, Path("there")), "--retry is a way to resume"
     assert (plain["resume"], plain["retry"], plain["results"]) == (False, False, Path("results"))
+
+
+def stored(folder: Path) -> Path:
+    """Records of two lengths: one measured twice over, one out of memory."""
+    timing, memory = Timing((0.001, 0.002, 0.003), 1.0, "cpu"), Memory(2**21, 0, 0, 0, 0, "counted")
+    case = Case(task="speed", method="softmax", params=(("causal", False),), n=1000)
+    with store.Store(folder / "mine" / "device") as target:
+        target.save_environment("e", {"device": "A CPU"})
+        target.append(Record(case, Status.OK, "e", "math", timing=timing, memory=memory))
+        target.append(Record(replace(case, n=2000), Status.OOM, "e", "math"))
+    return folder
+
+
+def test_report_shows_medians_and_failures_in_their_place(tmp_path: Path) -> None:
+    text = call("report", stored(tmp_path)).stdout
+    assert "### mine, forward: time per call (ms)" in text
+    assert "A CPU" in text
+    assert [line for line in text.splitlines() if line.startswith("| Softmax")] == ["| Softmax | 2 | oom |", "| Softmax | 2 | oom |"]
+    assert "peak memory beside inputs (MiB)" in text
+    out = tmp_path / "report.tex"
+    assert call("report", tmp_path, "--format", "latex", "--out", out).stdout.strip() == str(out)
+    assert r"Softmax & 2 & oom \\" in out.read_text()
+    result = call("report", tmp_path, "--out", tmp_path / "absent" / "report.md")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+def test_plot_prints_the_paths_of_what_it_drew(tmp_path: Path) -> None:
+    paths = [Path(line) for line in call("plot", stored(tmp_path)).stdout.splitlines()]
+    assert {".pdf", ".png", ".csv"} == {p.suffix for p in paths}
+    assert all(p.exists() and p.parent == tmp_path / "figures" for p in paths)
 
 
 def test_completion_knows_methods_and_suites() -> None:
