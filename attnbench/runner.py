@@ -75,7 +75,7 @@ def sweep(
                 tell(Event("note", 0, len(cases), message=note))
             env_id = facts.pop("env_id")
             target.save_environment(env_id, facts)
-            return _Sweep(suite, device, env_id, worker, target, tell, len(cases)).run(cases, resume=resume, retry=retry)
+            return _Sweep(suite, device, env_id, worker, target, tell, len(cases), tuple(plugins)).run(cases, resume=resume, retry=retry)
     finally:
         worker.stop()
 
@@ -89,6 +89,7 @@ class _Sweep:
     target: store.Store
     tell: Callable[[Event], None]
     total: int
+    plugins: tuple[Path, ...]
     exhausted: dict[str, Record] = field(default_factory=dict)
     """series -> the record of the length at which it failed for size"""
 
@@ -119,7 +120,11 @@ class _Sweep:
         started = datetime.now(UTC).isoformat(timespec="seconds")
         record = self._skip(case) or self._run(case)
         return replace(
-            record, env_id=self.env_id, started=started, commit=environment.commit(), command=command(self.suite.name, case, self.device)
+            record,
+            env_id=self.env_id,
+            started=started,
+            commit=environment.commit(),
+            command=command(self.suite.source or self.suite.name, case, self.device, self.plugins),
         )
 
     def _skip(self, case: Case) -> Record | None:
@@ -142,10 +147,19 @@ class _Sweep:
 _DEFAULTS = {f.name: f.default for f in fields(Case)}
 
 
-def command(suite: str, case: Case, device: str) -> str:
+def command(suite: str, case: Case, device: str, plugins: Sequence[Path] = ()) -> str:
     """The command that runs this cell again."""
     axes = [name for name in _DEFAULTS if name not in ("task", "method", "implementation", "params", "replicate")]
-    words = ["attnbench", "run", suite, "--device", device, "--method", case.label]
+    words = [
+        "attnbench",
+        "run",
+        suite,
+        *(w for path in plugins for w in ("--plugin", str(path))),
+        "--device",
+        device,
+        "--method",
+        case.label,
+    ]
     for name in axes:
         words += ["--axis", f"{name}={_word(getattr(case, name))}"]
     for name, value in case.params:

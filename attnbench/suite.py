@@ -132,6 +132,17 @@ class Entry:
     name: str
     params: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
+    @property
+    def names(self) -> tuple[str, str]:
+        """The name as written, and the method's alone."""
+        return self.name, self.name.partition("@")[0]
+
+    def with_params(self, settings: Mapping[str, Mapping[str, object]]) -> Entry:
+        """The entry with the parameters that `settings` holds for it, by either name."""
+        return replace(
+            self, params={**self.params, **{k: _listed(v) for n in reversed(self.names) for k, v in settings.get(n, {}).items()}}
+        )
+
 
 @dataclass(frozen=True)
 class Suite:
@@ -145,28 +156,21 @@ class Suite:
     axes: Mapping[str, tuple[Any, ...]]
     """axis -> values; an axis with one value is fixed"""
     protocol: Protocol = Protocol()
+    source: str = ""
+    """what `load` was asked for: a name or a path; empty means `name`"""
 
     def override(self, axes: Mapping[str, Sequence[object]], methods: Sequence[str], params: Mapping[str, Mapping[str, object]]) -> Suite:
         """The suite with other axis values, only the `methods` named (added where absent), and other method parameters."""
         merged = {**self.axes, **{_axis(k, self.name): _values(k, v, self.name) for k, v in axes.items()}}
-        entries = list(self.methods)
-        if methods:
-            by_name = [[e for e in self.methods if name in (e.name, e.name.partition("@")[0])] or [Entry(name)] for name in methods]
-            entries = [entry for group in by_name for entry in group]
+        entries = [e for name in methods for e in self._named(name) or [Entry(name)]] if methods else list(self.methods)
         for name in params:
-            if not any(name in (e.name, e.name.partition("@")[0]) for e in entries):
+            if not any(name in e.names for e in entries):
                 raise unknown("method", name, [e.name for e in entries], self.name)
-        entries = [
-            replace(
-                e,
-                params={
-                    **e.params,
-                    **{k: _listed(v) for k, v in (params.get(e.name) or params.get(e.name.partition("@")[0]) or {}).items()},
-                },
-            )
-            for e in entries
-        ]
-        return replace(self, axes=merged, methods=tuple(entries))
+        return replace(self, axes=merged, methods=tuple(e.with_params(params) for e in entries))
+
+    def _named(self, name: str) -> list[Entry]:
+        """Entries called exactly so, else those of the method whatever their implementation."""
+        return [e for e in self.methods if e.name == name] or [e for e in self.methods if name in e.names]
 
     def expand(self) -> tuple[Case, ...]:
         """All cases, shortest first, shuffled within a length so that drift is no method's. Raises `UserError`."""
@@ -257,7 +261,7 @@ def load(name: str) -> Suite:
         raise UserError(f"cannot read suite {path}: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"suite {path} is not valid TOML: {error}") from None
-    return _suite(path.stem, data, str(path))
+    return replace(_suite(path.stem, data, str(path)), source=name)
 
 
 def _suite(name: str, data: Mapping[str, Any], path: str) -> Suite:
