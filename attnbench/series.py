@@ -29,8 +29,9 @@ SHORT = {"batch": "B", "heads": "H", "kv_heads": "Hkv", "dim": "D", "dim_v": "Dv
 class Group(NamedTuple):
     """Rows measured under the same conditions on one device."""
 
-    name: str
-    """`suite-device`, and the conditions that tell it from the suite's other groups"""
+    suite: str
+    place: str
+    """the device, and the conditions that tell this group from the suite's others, as part of a file name"""
     rows: pd.DataFrame
 
 
@@ -40,8 +41,8 @@ def groups(table: pd.DataFrame) -> Iterator[Group]:
         keys = [c for c in CONDITIONS if not (task == "fidelity" and c in INPUTS)]
         vary = [c for c in keys if rows[c].nunique() > 1]
         for values, part in rows.groupby(vary, sort=True) if vary else [((), rows)]:
-            extra = "-".join(device_slug(f"{SHORT.get(c, c)}{v}") for c, v in zip(vary, values, strict=True))
-            yield Group("-".join(x for x in (str(suite), device_slug(str(device)) or "unknown-device", extra) if x), part)
+            extra = [device_slug(f"{SHORT.get(c, c)}{v}") for c, v in zip(vary, values, strict=True)]
+            yield Group(str(suite), "-".join([device_slug(str(device)) or "unknown-device", *extra]), part)
 
 
 def method_of(name: str) -> Method | None:

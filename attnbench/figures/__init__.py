@@ -1,0 +1,79 @@
+"""Figures: one module each, records -> Figure. A new module is found by its file; a leading underscore hides a helper.
+
+A module has `NAME`, `data(table) -> DataFrame` (exactly what is drawn), `build(table, columns=2) -> Figure | None` (None where
+there is nothing to draw) and, where `attnbench.series.groups` does not split tables as it needs, its own `groups(table)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING, Protocol, cast
+
+from attnbench import series
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+
+class FigureModule(Protocol):
+    """What a module of this package offers."""
+
+    NAME: str
+
+    def data(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Exactly what is drawn; empty where there is nothing."""
+
+    def build(self, table: pd.DataFrame, columns: int = 2) -> Figure | None:
+        """The figure, as wide as one or two columns of a page."""
+
+
+def modules() -> dict[str, FigureModule]:
+    """Every figure by name."""
+    names = sorted(info.name for info in pkgutil.iter_modules(__path__) if not info.name.startswith("_"))
+    found = [cast("FigureModule", importlib.import_module(f"{__name__}.{name}")) for name in names]
+    return {module.NAME: module for module in found}
+
+
+def parts(module: FigureModule, table: pd.DataFrame) -> Iterator[series.Group]:
+    """The pieces of a table that the module draws one figure of."""
+    return cast("Iterator[series.Group]", getattr(module, "groups", series.groups)(table))
+
+
+def draw_all(table: pd.DataFrame, folder: Path, columns: int = 2) -> list[Path]:
+    """Write every figure that the table allows as `<suite>-<figure>-<device>.pdf`, `.png` and `.csv`. Returns the paths.
+
+    Devices and conditions are never pooled: each gets its own figure. Raises `UserError` where nothing can be drawn or written.
+    """
+    from attnbench.errors import UserError
+    from attnbench.figures import _style
+
+    written: list[Path] = []
+    if not table.empty:
+        with _style.paper():
+            for module in modules().values():
+                for group in parts(module, table):
+                    figure = module.build(group.rows, columns)
+                    if figure is not None:
+                        written += _write(figure, module.data(group.rows), folder / f"{group.suite}-{module.NAME}-{group.place}")
+    if not written:
+        raise UserError("nothing to draw: no cell of these results was measured; `attnbench report` lists why")
+    return written
+
+
+def _write(figure: Figure, data: pd.DataFrame, stem: Path) -> list[Path]:
+    from attnbench.errors import UserError
+
+    paths = [stem.with_name(stem.name + suffix) for suffix in (".pdf", ".png", ".csv")]
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(paths[0], metadata={"CreationDate": None, "ModDate": None, "Creator": "attnbench", "Producer": None})
+        figure.savefig(paths[1], metadata={"Software": None})
+        data.to_csv(paths[2], index=False)
+    except OSError as error:
+        raise UserError(f"cannot write to {stem.parent}: {error.strerror}") from None
+    return paths

@@ -1,0 +1,164 @@
+"""A metric against sequence length, in panels: what most figures are. Failures stand at their length, above the axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+from attnbench import frame, metrics, series
+from attnbench.figures import _panel
+from attnbench.figures._style import LETTERS, WIDTHS, WORDS, panel_order, paper, variants, wrapped
+from attnbench.metrics import METRICS
+from attnbench.taxonomy import Family
+
+CROWDED = 8
+"""More series than this are split into a row of panels for each family."""
+
+BASELINE = "best dense"
+
+
+@dataclass(frozen=True)
+class Facets:
+    """What to draw."""
+
+    metric: str
+    by: str
+    """column that gives the panels: `mode` or `profile`"""
+    task: str
+    dense: bool = True
+    """whether exact methods are drawn, and their best repeated in the other families' panels; else the caption sums them up"""
+
+    def data(self, table: pd.DataFrame) -> pd.DataFrame:
+        """What is drawn, one row a point or failure, in the axis's unit.
+
+        `kind` is `series`, `baseline` (the best exact method at each length) or `exact` (in the caption only). `low` and `high`
+        are quartiles where the metric is of time, else the range over seeds. `floor` is the A/A noise floor, where the series
+        was measured twice. Points and failures of one series over several seeds count as failed unless every seed is `ok`.
+        """
+        if table.empty:
+            return pd.DataFrame()
+        rows = frame.current(table)
+        rows = rows[rows["task"] == self.task]
+        if rows.empty:
+            return pd.DataFrame()
+        points = self._points(rows)
+        if not any(p["status"] == "ok" for p in points):
+            return pd.DataFrame()
+        return pd.DataFrame([*points, *self._baseline(points)])
+
+    def _points(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
+        metric = METRICS[self.metric]
+        rows = rows.assign(series=series.labels(rows), **self._range(rows))
+        noise, again = series.noise(rows), set(rows.loc[rows["replicate"] > 0, "series"])
+        found: list[dict[str, Any]] = []
+        for _, cell in rows[rows["replicate"] == 0].groupby([self.by, "series", "n"], sort=True):
+            failed = [s for s in cell["status"] if s != "ok"]
+            value = np.nan if failed else float(cell["_value"].median()) / metric.divide
+            if not failed and np.isnan(value):
+                continue  # measured, but this metric does not exist for it
+            first = cell.iloc[0]
+            family = series.family(str(first["method"]))
+            found.append({
+                "kind": "series" if self.dense or not series.exact(str(first["method"])) else "exact",
+                "panel": str(first[self.by]), "family": str(family or "other"), "series": first["series"], "label": first["label"],
+                "method": first["method"], "params": first["params"], "ran": first["implementation"], "n": int(first["n"]), "value": value,
+                "low": np.nan if failed else float(cell["_low"].min()) / metric.divide,
+                "high": np.nan if failed else float(cell["_high"].max()) / metric.divide,
+                "status": failed[0] if failed else "ok",
+                "floor": noise.relative if noise and first["series"] in again and metric.of_time else np.nan,
+            })  # fmt: skip
+        return found
+
+    def _range(self, rows: pd.DataFrame) -> dict[str, pd.Series[float]]:
+        metric = METRICS[self.metric]
+        value = metrics.add(rows)[metric.column]
+        if metric.of_time is None or "samples_s" not in rows:
+            return {"_value": value, "_low": value, "_high": value}
+        samples = [s if isinstance(s, tuple) else (np.nan,) for s in rows["samples_s"]]
+        ends = [metric.at(rows, pd.Series([np.quantile(s, q) for s in samples], rows.index)) for q in (0.25, 0.75)]
+        return {"_value": value, "_low": pd.concat(ends, axis=1).min(axis=1), "_high": pd.concat(ends, axis=1).max(axis=1)}
+
+    def _baseline(self, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        best: dict[tuple[str, int], dict[str, Any]] = {}
+        for p in points:
+            if p["kind"] == "series" and p["status"] == "ok" and series.exact(p["method"]):
+                key = (p["panel"], p["n"])
+                if key not in best or metrics.better(self.metric, p["value"], best[key]["value"]):
+                    best[key] = p
+        crowded = len({p["series"] for p in points if p["kind"] == "series"}) > CROWDED
+        return [{**p, "kind": "baseline", "series": BASELINE, "floor": np.nan} for p in best.values()] if crowded else []
+
+    def build(self, table: pd.DataFrame, columns: int = 2) -> Figure | None:
+        """The figure, as wide as `columns` columns of a page; None where the table has nothing for it.
+
+        Raises `ValueError` where the table mixes conditions: split it with `attnbench.series.groups` first.
+        """
+        drawn = self.data(table)
+        if drawn.empty:
+            return None
+        rows = table[table["task"] == self.task]
+        if len(list(series.groups(rows))) > 1:
+            raise ValueError("the table mixes devices, suites or conditions: split it with attnbench.series.groups")
+        with paper():
+            return self._draw(drawn, rows, columns)
+
+    def _draw(self, drawn: pd.DataFrame, rows: pd.DataFrame, columns: int) -> Figure:
+        blocks = _blocks(drawn)
+        panels = panel_order(drawn["panel"].unique())
+        width, metric = WIDTHS[columns], METRICS[self.metric]
+        across = min(len(panels), 4 if columns == 2 else 2)
+        bands = [_panel.Band(title, block, panels[i : i + across]) for title, block in blocks for i in range(0, len(panels), across)]
+        sizes = [size for band in bands for size in band.heights(width, tall=len(blocks) == 1)]
+        caption = wrapped(self._caption(drawn, rows), width)
+        height = sum(sizes) + 0.05 * len(sizes) + 0.42 + 0.115 * (caption.count("\n") + 1)
+        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.015, hspace=0.0, wspace=0.02))
+        grid = GridSpec(len(sizes), across, figure=figure, height_ratios=sizes)
+        points = [{str(k): v for k, v in row.items()} for row in drawn.to_dict("records")]
+        canvas = _panel.Canvas(figure, grid, sorted(drawn["n"].unique()), variants(points), width / across - 0.35)
+        for i, band in enumerate(bands):
+            canvas.draw(band, i, last=i == len(bands) - 1)
+        _panel.fit(canvas.main, drawn[drawn["kind"] != "exact"], metric)
+        figure.supylabel(metric.axis, fontsize=7)
+        figure.supxlabel(caption, fontsize=5.5, color="#444444", x=0.01, ha="left", linespacing=1.25)
+        return figure
+
+    def _caption(self, drawn: pd.DataFrame, rows: pd.DataFrame) -> str:
+        metric = METRICS[self.metric]
+        parts = [series.describe(rows) + "."]
+        if metric.of_time:
+            parts.append(("Whole" if self.metric == "latency" else "From whole") + "-method time, median with quartiles.")
+        elif rows["seed"].nunique() > 1:
+            parts.append(f"Median and range over {rows['seed'].nunique()} seeds.")
+        noise = series.noise(frame.current(rows)) if drawn["floor"].notna().any() else None
+        if noise:
+            parts.append(f"Shaded band: A/A noise floor {noise}, drawn around the series that was measured twice.")
+        if (drawn["kind"] == "baseline").any():
+            parts.append("Grey: the best dense method at each length.")
+        exact = drawn[(drawn["kind"] == "exact") & (drawn["status"] == "ok")]
+        if len(exact):
+            parts.append(f"Not drawn: exact methods ({', '.join(sorted(exact['series'].unique()))}), at {_span(exact['value'])}.")
+        failed = [s for s in LETTERS if s in set(drawn.loc[drawn["kind"] == "series", "status"])]
+        if failed:
+            parts.append("Above the axes: " + ", ".join(f"{LETTERS[s]} {WORDS[s]}" for s in failed) + ".")
+        return " ".join(parts)
+
+
+def _span(values: pd.Series[float]) -> str:
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"{low:.2g} to {high:.2g}"
+
+
+def _blocks(drawn: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Rows of panels: all series in one where they are few, else one for each family, in the taxonomy's order."""
+    own, grey = drawn[drawn["kind"] == "series"], drawn[drawn["kind"] == "baseline"]
+    if own["series"].nunique() <= CROWDED:
+        return [("", own)]
+    order = [*(str(f) for f in Family), "other"]
+    found = [(f, own[own["family"] == f]) for f in order if (own["family"] == f).any()]
+    return [(f, block if f == Family.DENSE else pd.concat([block, grey])) for f, block in found]

@@ -1,0 +1,170 @@
+"""Bands of panels: for each a legend, a strip of failures, and the axes below them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from attnbench.figures._style import BASELINE, LETTERS, WIDTHS, family_rank, length_axis, look, natural
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import GridSpec
+
+    from attnbench.metrics import Metric
+
+_LINE_IN, _STRIP_IN, _EMPTY_IN = 0.125, 0.095, 0.02
+
+
+def names(block: pd.DataFrame) -> list[str]:
+    """Series of a block by family and name, a baseline last."""
+    rows = block.drop_duplicates("series").to_dict("records")
+    return [
+        str(r["series"]) for r in sorted(rows, key=lambda r: (r["kind"] == "baseline", family_rank(r["family"]), natural(str(r["series"]))))
+    ]
+
+
+def legend_columns(entries: Sequence[str], width_in: float) -> int:
+    """How many legend entries fit side by side."""
+    longest = max(len(name) for name in entries) * 0.046 + 0.45
+    return max(1, min(len(entries), int((width_in - 0.55) / longest)))
+
+
+@dataclass(frozen=True)
+class Band:
+    """One row of panels."""
+
+    title: str
+    block: pd.DataFrame
+    panels: Sequence[str]
+
+    @property
+    def failed(self) -> list[str]:
+        """Series that failed somewhere."""
+        return names(self.block[self.block["status"] != "ok"])
+
+    def heights(self, width_in: float, *, tall: bool) -> list[float]:
+        """Inches of the legend, the strip and the axes."""
+        entries = names(self.block)
+        lines = -(-len(entries) // legend_columns(entries, width_in)) + bool(self.title)
+        full = (2.1 if width_in == WIDTHS[2] else 1.7) if tall else 0.8
+        return [_LINE_IN * lines + 0.04, max(_EMPTY_IN, _STRIP_IN * len(self.failed)), full]
+
+
+@dataclass
+class Canvas:
+    """A figure being drawn, and what all its panels share."""
+
+    figure: Figure
+    grid: GridSpec
+    lengths: Sequence[int]
+    variants: Mapping[str, int]
+    room_in: float
+    """width of one panel"""
+    main: list[Axes] = field(default_factory=list)
+
+    def style(self, row: Mapping[Any, Any]) -> dict[str, Any]:
+        """Line properties of the series that a row belongs to."""
+        if row["kind"] == "baseline":
+            return {"color": BASELINE, "linewidth": 2.2, "alpha": 0.7, "solid_capstyle": "round", "zorder": 1}
+        return look(str(row["label"]), self.variants[str(row["series"])])
+
+    def draw(self, band: Band, number: int, *, last: bool) -> None:
+        """Draw the band into its three rows of the grid."""
+        legend(
+            self.figure.add_subplot(self.grid[3 * number, :]), band.title, [(n, self._style_of(band.block, n)) for n in names(band.block)]
+        )
+        for column, panel in enumerate(band.panels):
+            leader = self.main[0] if self.main else None
+            axes = self.figure.add_subplot(self.grid[3 * number + 2, column], sharex=leader, sharey=leader)
+            part = band.block[band.block["panel"] == panel]
+            for name in names(part):
+                self._line(axes, part[part["series"] == name].sort_values("n"))
+            length_axis(axes, self.lengths, self.room_in)
+            axes.tick_params(labelleft=column == 0, labelbottom=last)
+            axes.set_xlabel("sequence length N" if last else "")
+            strip = self.figure.add_subplot(self.grid[3 * number + 1, column], sharex=axes)
+            self._strip(strip, part, band.failed, first=column == 0)
+            if number == 0 or not band.title:
+                strip.set_title(panel, pad=3, fontweight="bold")
+            self.main.append(axes)
+
+    def _style_of(self, block: pd.DataFrame, name: str) -> dict[str, Any]:
+        return self.style(block[block["series"] == name].iloc[0].to_dict())
+
+    def _line(self, axes: Axes, rows: pd.DataFrame) -> None:
+        """A series, broken where a length failed: nothing is drawn through a cell that has no value."""
+        style = self.style(rows.iloc[0].to_dict())
+        good = rows["status"] == "ok"
+        for _, run in rows[good].groupby((~good).cumsum()[good]):
+            axes.plot(run["n"], run["value"], **style)
+        if rows["kind"].iloc[0] == "baseline" or not good.any():
+            return
+        rows = rows[good]
+        axes.vlines(rows["n"], rows["low"], rows["high"], color=style["color"], linewidth=1.6, alpha=0.6)
+        if rows["floor"].notna().all():
+            wide = 1 + rows["floor"]
+            axes.fill_between(rows["n"], rows["value"] / wide, rows["value"] * wide, color=style["color"], alpha=0.25, linewidth=0)
+
+    def _strip(self, axes: Axes, part: pd.DataFrame, failed: Sequence[str], *, first: bool) -> None:
+        """A row a failing series: its marker at the left, the letter of the status at each length that failed."""
+        axes.set_ylim(max(len(failed), 1) - 0.5, -0.5)
+        axes.grid(visible=False)
+        axes.tick_params(left=False, labelleft=False, bottom=False, labelbottom=False)
+        axes.spines[:].set_visible(False)
+        for y, name in enumerate(failed):
+            rows = part[(part["series"] == name) & (part["status"] != "ok")]
+            style = self._style_of(part, name) if (part["series"] == name).any() else {}
+            for n, status in zip(rows["n"], rows["status"], strict=True):
+                letter = LETTERS.get(status, "?")
+                axes.text(n, y, letter, color=style["color"], fontsize=5.5, fontweight="bold", ha="center", va="center")
+            if first and style:
+                small = {**style, "linestyle": "none", "markersize": 3.4}
+                axes.plot([-0.035], [y], transform=axes.get_yaxis_transform(), clip_on=False, **small)
+            axes.axhline(y, color="#eeeeee", linewidth=0.4, zorder=0)
+
+
+def legend(axes: Axes, title: str, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Fill an empty row of the grid with a legend."""
+    handles = [Line2D([], [], label=name, **style) for name, style in entries]
+    axes.axis("off")
+    figure = axes.get_figure(root=True)
+    assert figure is not None, "axes stand in a figure"
+    columns = legend_columns([name for name, _ in entries], figure.get_figwidth())
+    made = axes.legend(handles=handles, loc="lower left", ncols=columns, title=title or None, alignment="left")
+    made.get_title().set(fontweight="bold", fontsize=6.5)
+    made.set_in_layout(False)
+
+
+def fit(axes: Sequence[Axes], drawn: pd.DataFrame, metric: Metric) -> None:
+    """One value axis for all panels, wide enough for every point."""
+    values = pd.concat([drawn["value"], drawn["low"], drawn["high"]]).dropna()
+    if metric.scale == "linear":
+        pad = 0.05 * max(float(values.max() - values.min()), 1e-3)
+        axes[0].set_ylim(float(values.min()) - pad, float(values.max()) + pad)
+        return
+    axes[0].set_yscale("log")
+    positive = values[values > 0]
+    if len(positive):
+        axes[0].set_ylim(float(positive.min()) / 1.3, float(positive.max()) * 1.3)
+    for one in axes:
+        plain(one.yaxis)
+
+
+def plain(axis: Any) -> None:
+    """Ticks of a logarithmic axis as 0.01, 1, 1000, and powers of ten beyond; where it spans under two decades, 2 and 5 as well."""
+    low, high = axis.get_view_interval()
+    if high / low < 100:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else f"$10^{{{round(math.log10(value))}}}$")
+    )
+    axis.set_minor_formatter(NullFormatter())
