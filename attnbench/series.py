@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnbench import registry, stats
+from attnbench.inputs import PROFILES
 from attnbench.store import device_slug
+from attnbench.suite import CHOICES
+from attnbench.taxonomy import Family
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import pandas as pd
 
     from attnbench.method import Method
-    from attnbench.taxonomy import Family
 
 CONDITIONS = ("batch", "heads", "kv_heads", "dim", "dim_v", "dtype", "l2", "graph", "profile", "seed")
 """Columns that must be equal within one picture, beside suite, device and task."""
@@ -84,6 +87,39 @@ def _label(label: str, params: dict[str, Any], siblings: list[dict[str, Any]]) -
     for key in differing:
         by_value.setdefault(str(params[key]), []).append(key)
     return ", ".join([title, *("=".join([*keys, value]) for value, keys in by_value.items())])
+
+
+def settings(rows: pd.DataFrame) -> str:
+    """Parameters that the labels of these rows leave out, as a sentence: numbers always, others where not at their default."""
+    parts: dict[str, str] = {}
+    for label, group in rows.groupby("label", sort=True):
+        sets = [json.loads(p) for p in group["params"].unique()]
+        method = method_of(str(label).partition("@")[0])
+        default = method.params().as_dict() if method else {}
+        alike = {k: v for k, v in sets[0].items() if all(s.get(k) == v for s in sets)}
+        told = {
+            k: v for k, v in alike.items() if (isinstance(v, int | float) and not isinstance(v, bool)) or (k in default and v != default[k])
+        }
+        if told:
+            parts[method.title if method else str(label)] = ", ".join(f"{k}={v}" for k, v in told.items())
+    return "; ".join(f"{title}: {text}" for title, text in parts.items()) + ". " if parts else ""
+
+
+def natural(text: str) -> list[tuple[str, int]]:
+    """Sort key that reads the numbers in a text as numbers."""
+    return [(word, int(number or -1)) for word, number in re.findall(r"(\D*)(\d*)", text)]
+
+
+def family_rank(family: object) -> int:
+    """Place of a family in the taxonomy's order, unknown ones last."""
+    order = [str(f) for f in Family]
+    return order.index(str(family)) if str(family) in order else len(order)
+
+
+def panel_order(panels: Iterable[str]) -> list[str]:
+    """Modes and input profiles in the order in which the suite knows them, then others by name."""
+    known = [*CHOICES["mode"], *PROFILES]
+    return sorted(panels, key=lambda p: (known.index(p) if p in known else len(known), natural(p)))
 
 
 def describe(rows: pd.DataFrame) -> str:

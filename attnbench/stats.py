@@ -75,7 +75,7 @@ class Floor(NamedTuple):
     """A/A pairs it was taken from"""
 
     def __str__(self) -> str:
-        return f"{self.relative:.1%} ({self.pairs} A/A {'pair' if self.pairs == 1 else 'pairs'})"
+        return f"{self.relative:.1%} over {self.pairs} A/A {'pair' if self.pairs == 1 else 'pairs'}"
 
 
 MANY_PAIRS = 20

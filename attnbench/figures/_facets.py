@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from attnbench import frame, metrics, series
 from attnbench.figures import _panel
-from attnbench.figures._style import LETTERS, WIDTHS, WORDS, panel_order, paper, variants, wrapped
+from attnbench.figures._style import LETTERS, WIDTHS, WORDS, paper, variants, wrapped
 from attnbench.metrics import METRICS
 from attnbench.taxonomy import Family
 
@@ -110,7 +110,7 @@ class Facets:
 
     def _draw(self, drawn: pd.DataFrame, rows: pd.DataFrame, columns: int) -> Figure:
         blocks = _blocks(drawn)
-        panels = panel_order(drawn["panel"].unique())
+        panels = series.panel_order(drawn["panel"].unique())
         width, metric = WIDTHS[columns], METRICS[self.metric]
         across = min(len(panels), 4 if columns == 2 else 2)
         bands = [_panel.Band(title, block, panels[i : i + across]) for title, block in blocks for i in range(0, len(panels), across)]
@@ -130,7 +130,7 @@ class Facets:
 
     def _caption(self, drawn: pd.DataFrame, rows: pd.DataFrame) -> str:
         metric = METRICS[self.metric]
-        parts = [series.describe(rows) + "."]
+        parts = [f"{series.describe(rows)}. {series.settings(rows)}".strip()]
         if metric.of_time:
             parts.append(("Whole" if self.metric == "latency" else "From whole") + "-method time, median with quartiles.")
         elif rows["seed"].nunique() > 1:

@@ -10,7 +10,8 @@ import pandas as pd
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from attnbench.figures._style import BASELINE, LETTERS, WIDTHS, family_rank, length_axis, look, natural
+from attnbench import series
+from attnbench.figures._style import BASELINE, LETTERS, WIDTHS, length_axis, look
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,7 +29,8 @@ def names(block: pd.DataFrame) -> list[str]:
     """Series of a block by family and name, a baseline last."""
     rows = block.drop_duplicates("series").to_dict("records")
     return [
-        str(r["series"]) for r in sorted(rows, key=lambda r: (r["kind"] == "baseline", family_rank(r["family"]), natural(str(r["series"]))))
+        str(r["series"])
+        for r in sorted(rows, key=lambda r: (r["kind"] == "baseline", series.family_rank(r["family"]), series.natural(str(r["series"]))))
     ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import textwrap
 from contextlib import contextmanager
 from importlib.resources import files
@@ -14,12 +13,10 @@ from matplotlib.colors import to_hex, to_rgb
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from attnbench import series
-from attnbench.inputs import PROFILES
-from attnbench.suite import CHOICES
 from attnbench.taxonomy import Family
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from matplotlib.axes import Axes
 
@@ -106,24 +103,7 @@ def variants(rows: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     by_label: dict[str, set[str]] = {}
     for row in rows:
         by_label.setdefault(str(row["label"]), set()).add(str(row["series"]))
-    return {name: i for names in by_label.values() for i, name in enumerate(sorted(names, key=natural))}
-
-
-def natural(text: str) -> list[tuple[str, int]]:
-    """Sort key that reads the numbers in a text as numbers."""
-    return [(word, int(number or -1)) for word, number in re.findall(r"(\D*)(\d*)", text)]
-
-
-def family_rank(family: object) -> int:
-    """Place of a family in the taxonomy's order, unknown ones last."""
-    order = [str(f) for f in Family]
-    return order.index(str(family)) if str(family) in order else len(order)
-
-
-def panel_order(panels: Iterable[str]) -> list[str]:
-    """Modes and input profiles in the order in which the suite knows them, then others by name."""
-    known = [*CHOICES["mode"], *PROFILES]
-    return sorted(panels, key=lambda p: (known.index(p) if p in known else len(known), natural(p)))
+    return {name: i for names in by_label.values() for i, name in enumerate(sorted(names, key=series.natural))}
 
 
 def length(n: float) -> str:

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from attnbench import frame, series, stats
 from attnbench.figures import _panel
 from attnbench.figures._place import Name, annotate
-from attnbench.figures._style import WIDTHS, family_rank, length, look, natural, panel_order, paper, variants, wrapped
+from attnbench.figures._style import WIDTHS, length, look, paper, variants, wrapped
 from attnbench.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
 
 
 def _draw(drawn: pd.DataFrame, table: pd.DataFrame, columns: int) -> Figure:
-    panels = panel_order(drawn["panel"].unique())
+    panels = series.panel_order(drawn["panel"].unique())
     across = min(len(panels), columns)
     down = -(-len(panels) // across)
     points = [{str(k): v for k, v in row.items()} for row in drawn.to_dict("records")]
@@ -149,7 +149,7 @@ def _draw(drawn: pd.DataFrame, table: pd.DataFrame, columns: int) -> Figure:
 
 
 def _order(point: dict[str, Any]) -> tuple[Any, ...]:
-    return (family_rank(point["family"]), natural(str(point["series"])))
+    return (series.family_rank(point["family"]), series.natural(str(point["series"])))
 
 
 def _limits(axes: Axes, drawn: pd.DataFrame) -> None:
@@ -215,6 +215,7 @@ def _caption(drawn: pd.DataFrame, table: pd.DataFrame) -> str:
     else:
         text = f"{here}Time: {series.describe(speed)}. Error: {series.describe(accuracy)}."
     text += " Line and bold names: Pareto front, what nothing else beats in both time and error; exact methods count as equally accurate."
+    text += f" {series.settings(speed if len(speed) else accuracy)}".rstrip()
     return text + _left_out(drawn, speed if len(speed) else accuracy, accuracy, n)
 
 

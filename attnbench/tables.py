@@ -1,0 +1,211 @@
+"""The report: one table for each device, suite, mode and set of conditions, as Markdown or LaTeX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from attnbench import frame, series, stats
+from attnbench.stats import Verdict
+from attnbench.suite import CHOICES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import pandas as pd
+
+    from attnbench.stats import Floor
+
+NONE, TIMES, ABOUT = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{ALMOST EQUAL TO}"
+"""A cell for which there is no record; the sign behind a speed-up; the sign before one that is within the noise."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells under a header; the caption states the conditions."""
+
+    name: str
+    """short and unique in a report, for cross-references"""
+    caption: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def markdown(self) -> str:
+        """A pipe table, the caption below it."""
+        lines = [self.header, ("---", "---", *["---:"] * (len(self.header) - 2)), *self.rows]
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return f"{table}\n\n{self.caption}\n"
+
+    def latex(self) -> str:
+        """A `table*` for booktabs, which the preamble must load."""
+        body = [" & ".join(map(escape, line)) + r" \\" for line in self.rows]
+        columns = "ll" + "r" * (len(self.header) - 2)
+        return "\n".join([
+            r"\begin{table*}", r"  \centering", r"  \small", rf"  \begin{{tabular}}{{{columns}}}", r"    \toprule",
+            "    " + " & ".join(map(escape, self.header)) + r" \\", r"    \midrule", *(f"    {line}" for line in body),
+            r"    \bottomrule", r"  \end{tabular}", rf"  \caption{{{escape(self.caption)}}}", rf"  \label{{tab:{self.name}}}",
+            r"\end{table*}",
+            "",
+        ])  # fmt: skip
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}",
+    TIMES: r"$\times$", ABOUT: r"$\approx$", NONE: "--",
+}  # fmt: skip
+
+
+def escape(text: str) -> str:
+    """Plain text as LaTeX."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def report(table: pd.DataFrame, lengths: Sequence[int] | None = None) -> list[Table]:
+    """All tables of a results table: speed first, one a mode, then fidelity. `lengths` limits the columns to these N."""
+    if table.empty:
+        return []
+    rows = frame.current(table)
+    found: list[Table] = []
+    for _, part in rows.groupby("device", sort=True):
+        accuracy = part[part["task"] == "fidelity"]
+        for group in series.groups(part[part["task"] == "speed"]):
+            modes = [m for m in CHOICES["mode"] if (group.rows["mode"] == m).any()]
+            found += [_speed(group, mode, accuracy, lengths) for mode in modes]
+        found += [_fidelity(group, lengths) for group in series.groups(accuracy)]
+    return [t for t in found if len(t.header) > 2]
+
+
+def render(tables: Iterable[Table], form: str) -> str:
+    """The tables as one text; `form` is `markdown` or `latex`. Raises `ValueError` for another."""
+    if form not in ("markdown", "latex"):
+        raise ValueError(f"unknown format {form!r}: choose from latex, markdown")
+    return "\n".join(t.markdown() if form == "markdown" else t.latex() for t in tables)
+
+
+def _named(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(series, its rows) in the taxonomy's order."""
+    parts = [(str(name), part) for name, part in rows.assign(series=series.labels(rows)).groupby("series", sort=True)]
+    return sorted(parts, key=lambda item: (series.family_rank(series.family(str(item[1]["method"].iloc[0]))), series.natural(item[0])))
+
+
+def _head(name: str, part: pd.DataFrame) -> tuple[str, str]:
+    return name, str(series.family(str(part["method"].iloc[0])) or "unknown")
+
+
+def _wanted(rows: pd.DataFrame, lengths: Sequence[int] | None) -> list[int]:
+    present = sorted({int(n) for n in rows["n"]})
+    return [n for n in present if lengths is None or n in lengths]
+
+
+def _speed(group: series.Group, mode: str, accuracy: pd.DataFrame, lengths: Sequence[int] | None) -> Table:
+    rows = group.rows[(group.rows["mode"] == mode) & (group.rows["replicate"] == 0)]
+    noise = series.noise(group.rows)
+    columns = _wanted(rows, lengths)
+    base = {n: _best_dense(rows[rows["n"] == n]) for n in columns}
+    measured = rows[(rows["status"] == "ok") & rows["n"].isin(columns)]
+    top = int(measured["n"].max()) if len(measured) else 0
+    accuracy = _closest(accuracy, group.rows)
+    errors, at = _errors(accuracy)
+    header = [f"N={n} (ms)" for n in columns] + ([f"peak memory, N={top} (MiB)"] if top else [])
+    lines = []
+    for name, part in _named(rows):
+        by_n = {int(r["n"]): r for r in _dicts(part)}
+        cells = [_time(by_n.get(n), base[n], noise) for n in columns] + ([_memory(by_n.get(top))] if top else [])
+        lines.append((*_head(name, part), *cells, *(_error(part, errors, profile) for profile in errors)))
+    caption = (
+        f"{series.describe(rows)}, {mode}. {series.settings(rows)}"
+        "Time per call: median [interquartile range] in ms, and speed-up over the best dense method "
+        f"at that length; {ABOUT} where the two are not separable ({f'noise floor {noise}' if noise else 'noise floor not measured'}). "
+        "Memory beside the inputs." + (f" Relative error against softmax at N={at}, {series.describe(accuracy)}." if errors else "")
+    )
+    titles = ("method", "family", *header, *(f"error, {profile}" for profile in errors))
+    return Table(f"{group.suite}-{group.place}-{mode.replace('+', '-')}", caption, titles, tuple(lines))
+
+
+def _dicts(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(k): v for k, v in row.items()} for row in rows.to_dict("records")]
+
+
+def _best_dense(rows: pd.DataFrame) -> dict[str, Any] | None:
+    """The fastest measured row of a method that computes softmax attention itself."""
+    dense = [r for r in _dicts(rows) if r["status"] == "ok" and series.exact(str(r["method"]))]
+    return min(dense, key=lambda r: float(r["time_s"]), default=None)
+
+
+def _time(row: dict[str, Any] | None, base: dict[str, Any] | None, noise: Floor | None) -> str:
+    if row is None or row["status"] != "ok":
+        return str(row["status"]) if row else NONE
+    low, middle, high = stats.quartiles(row["samples_s"])
+    text = f"{figures(middle * 1e3)} [{figures((high - low) * 1e3, 1)}]"
+    if base is None:
+        return text
+    if row["case_id"] == base["case_id"]:
+        return f"{text} 1{TIMES}"
+    ratio = stats.ratio(base["samples_s"], row["samples_s"])
+    mark = ABOUT if stats.verdict(ratio, noise) is Verdict.NOT_SEPARABLE else ""
+    return f"{text} {mark}{figures(1 / ratio.value)}{TIMES}"
+
+
+def figures(value: float, digits: int = 3) -> str:
+    """`value` to so many significant figures, without an exponent."""
+    rounded = float(f"{value:.{digits}g}")
+    decimals = 0 if rounded == 0 else max(0, digits - 1 - int(f"{rounded:e}".partition("e")[2]))
+    return f"{rounded:.{decimals}f}"
+
+
+def _memory(row: dict[str, Any] | None) -> str:
+    if row is None or row["status"] != "ok":
+        return str(row["status"]) if row else NONE
+    peak = row.get("peak_bytes")
+    return NONE if peak is None or peak != peak else figures(float(peak) / 2**20)  # noqa: PLR0124 (NaN)
+
+
+def _errors(accuracy: pd.DataFrame) -> tuple[dict[str, dict[tuple[str, str], float]], int]:
+    """Profile -> (method, parameters) -> median relative error over seeds at the largest length there is, and that length."""
+    if accuracy.empty or "rel_error" not in accuracy:
+        return {}, 0
+    known = accuracy[accuracy["rel_error"].notna()]
+    if known.empty:
+        return {}, 0
+    at = int(known["n"].max())
+    found: dict[str, dict[tuple[str, str], list[float]]] = {}
+    for row in _dicts(known[known["n"] == at]):
+        found.setdefault(row["profile"], {}).setdefault((row["method"], row["params"]), []).append(float(row["rel_error"]))
+    return {p: {key: stats.median(values) for key, values in found[p].items()} for p in series.panel_order(found)}, at
+
+
+def _closest(accuracy: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
+    """The fidelity group that shares most conditions with the speed rows: groups are never pooled."""
+    groups = list(series.groups(accuracy)) if len(accuracy) else []
+    shared = [sum(g.rows[c].iloc[0] == rows[c].iloc[0] for c in series.CONDITIONS) for g in groups]
+    return groups[shared.index(max(shared))].rows if groups else accuracy
+
+
+def _error(part: pd.DataFrame, errors: dict[str, dict[tuple[str, str], float]], profile: str) -> str:
+    value = errors[profile].get((str(part["method"].iloc[0]), str(part["params"].iloc[0])))
+    return NONE if value is None else f"{value:.2g}"
+
+
+def _fidelity(group: series.Group, lengths: Sequence[int] | None) -> Table:
+    rows = group.rows[group.rows["replicate"] == 0]
+    columns = [(profile, n) for profile in series.panel_order(rows["profile"].unique()) for n in _wanted(rows, lengths)]
+    lines = [
+        (*_head(name, part), *(_distance(part[(part["profile"] == p) & (part["n"] == n)]) for p, n in columns))
+        for name, part in _named(rows)
+    ]
+    caption = (
+        f"{series.describe(rows)}. {series.settings(rows)}Relative error against float64 softmax attention, median over seeds; "
+        "in brackets the softmax mass recalled."
+    )
+    return Table(f"{group.suite}-{group.place}", caption, ("method", "family", *(f"{p}, N={n}" for p, n in columns)), tuple(lines))
+
+
+def _distance(cell: pd.DataFrame) -> str:
+    """Every seed of one cell; a single failure is what it says."""
+    failed = cell.loc[cell["status"] != "ok", "status"]
+    if len(failed) or cell.empty:
+        return str(failed.iloc[0]) if len(failed) else NONE
+    text = f"{stats.median(cell['rel_error'].tolist()):.2g}"
+    mass = cell["mass_recalled"].dropna().tolist() if "mass_recalled" in cell else []
+    return f"{text} [{stats.median(mass):.0%}]" if mass else text

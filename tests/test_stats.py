@@ -1,0 +1,95 @@
+"""Intervals, noise floors and verdicts."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnbench import stats
+from attnbench.stats import Floor, Interval, Verdict
+
+TIMES = st.floats(1e-6, 1e3)
+SAMPLES = st.lists(TIMES, min_size=1, max_size=30)
+
+
+@given(SAMPLES)
+def test_quartiles_and_interval_hold_the_median(samples):
+    for interval in (stats.quartiles(samples), stats.median_interval(samples)):
+        assert min(samples) <= interval.low <= interval.value <= interval.high <= max(samples)
+        assert interval.value == pytest.approx(np.median(samples))
+
+
+def test_median_interval_covers_the_median_as_often_as_it_says():
+    random = np.random.default_rng(3)
+    covered = [i.low <= 1.0 <= i.high for i in (stats.median_interval(random.lognormal(0, 0.3, 25)) for _ in range(1000))]
+    assert 0.93 <= np.mean(covered) <= 0.99
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_too_few_samples_have_no_half_width(count):
+    assert stats.relative_half_width([1.0] * count) == math.inf
+
+
+@pytest.mark.parametrize(("freedom", "expected"), [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (10, 2.228), (100, 1.984)])
+def test_t_quantile_agrees_with_the_printed_table(freedom, expected):
+    assert stats._t_quantile(0.975, freedom) == pytest.approx(expected, rel=2e-3)
+
+
+@given(st.lists(TIMES, min_size=2, max_size=12), st.lists(TIMES, min_size=2, max_size=12), st.floats(0.01, 100))
+def test_ratio_follows_its_scale(a, b, factor):
+    base, scaled = stats.ratio(a, b, resamples=50), stats.ratio(a, [x * factor for x in b], resamples=50)
+    assert base.low <= base.value * (1 + 1e-9)
+    assert base.value <= base.high * (1 + 1e-9)
+    assert base.value == pytest.approx(np.median(b) / np.median(a))
+    assert scaled.value == pytest.approx(base.value * factor)
+
+
+@pytest.mark.parametrize("count", [3, 5, 20, 100])
+def test_equal_distributions_separate_in_at_most_one_case_in_twenty(count):
+    random = np.random.default_rng(count)
+    draws = ((random.lognormal(0, 0.05, count), random.lognormal(0, 0.05, count)) for _ in range(400))
+    verdicts = [stats.verdict(stats.ratio(a, b, resamples=400, seed=i), None) for i, (a, b) in enumerate(draws)]
+    assert np.mean([v is not Verdict.NOT_SEPARABLE for v in verdicts]) <= 0.05
+
+
+def test_resampled_measurement_does_not_separate_from_itself():
+    random = np.random.default_rng(0)
+    measured = 1e-3 * (1 + 0.02 * random.exponential(size=60))
+    noise = stats.floor((np.median(random.choice(measured, 30)), np.median(random.choice(measured, 30))) for _ in range(20))
+    pairs = [(random.choice(measured, 30), random.choice(measured, 30)) for _ in range(300)]
+    apart = [stats.verdict(stats.ratio(a, b, resamples=400), noise) is not Verdict.NOT_SEPARABLE for a, b in pairs]
+    assert np.mean(apart) <= 0.05
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(0.8, Verdict.FASTER), (1.25, Verdict.SLOWER), (1.02, Verdict.NOT_SEPARABLE)])
+def test_real_differences_separate_and_those_within_the_floor_do_not(factor, expected):
+    random = np.random.default_rng(1)
+    a, b = random.lognormal(0, 0.002, 30), factor * random.lognormal(0, 0.002, 30)
+    assert stats.verdict(stats.ratio(a, b), Floor(0.03, 4)) is expected
+    assert stats.verdict(stats.ratio(a, b), None) is not Verdict.NOT_SEPARABLE
+
+
+def test_verdict_needs_the_whole_interval_outside_the_band():
+    noise = Floor(0.1, 3)
+    assert stats.verdict(Interval(0.8, 0.85, 0.92), noise) is Verdict.NOT_SEPARABLE
+    assert stats.verdict(Interval(0.8, 0.85, 0.90), noise) is Verdict.FASTER
+    assert stats.verdict(Interval(1.09, 1.2, 1.3), noise) is Verdict.NOT_SEPARABLE
+    assert stats.verdict(Interval(1.11, 1.2, 1.3), noise) is Verdict.SLOWER
+
+
+def test_a_single_sample_separates_nothing():
+    assert stats.verdict(stats.ratio([1.0], [1000.0]), None) is Verdict.NOT_SEPARABLE
+
+
+def test_floor_is_the_largest_of_few_pairs_and_a_percentile_of_many():
+    assert stats.floor([]) is None
+    few = stats.floor([(1.0, 1.01), (1.03, 1.0)])
+    assert few is not None
+    assert few.pairs == 2
+    assert few.relative == pytest.approx(0.03)
+    many = stats.floor([(1.0, 1.01)] * 99 + [(1.0, 2.0)])
+    assert many is not None
+    assert many.relative == pytest.approx(0.01)
+    assert str(many) == "1.0% over 100 A/A pairs"
