@@ -2,9 +2,8 @@
 
 Keys and values fold into a state `[D, Dv + 1]`, the column Dv being z, both divided by M so that they fit float16. Passes over a
 tensor of N x D elements, forward: 7 to make each of phi(k) and phi(q), 1 for z, 2 for S, about 4 to read the state and to divide,
-so 21 where q, k, v and the output alone are 4; backward about 36, phi made anew and nothing else but the output kept.
+so 21 where q, k, v and the output alone are 4; backward about 38, phi made anew and only inputs, states and denominators kept.
 Heads are taken together as a budget of bytes allows; the queries of a group of heads are rows of their key head.
-Causal segments are cut into chunks, each reading the state before it and itself masked; their backward pass runs the segment again.
 """
 
 from __future__ import annotations
@@ -14,21 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import pad
-from torch.utils.checkpoint import checkpoint
 
 from attnbench.eager import wide
 
 from ._chunks import rows_per_chunk
-from .linear import EPS, feature
+from ._linear_causal import causal
+from .linear import EPS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from .linear import LinearParams
 
-_CHUNK = 128
-"""tokens a causal chunk: near D, where the states (N / C of D x Dv) and the products inside chunks (N / C of C x C) are alike in size"""
 _SUMMED = 1024
 """tokens summed by one product: a sum over all N in one product would leave most of a GPU idle"""
 _COPIES = 8
@@ -39,7 +35,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: LinearParams) -> Tensor:
     """`q: [B, H, N, D]` -> `[B, H, N, Dv]`. Features are rounded to the dtype of q; sums are in at least float32."""
     b, h, n, d = q.shape
     if params.causal:
-        return _causal(q, k, v, max(_CHUNK, rows_per_chunk(q, _COPIES * b * h * (d + v.shape[3]) * q.element_size())))
+        return causal(q, k, v)
     rows = q.reshape(b * k.shape[1], -1, d)
     out: Tensor = _Bidirectional.apply(rows, k.reshape(-1, *k.shape[2:]), v.reshape(-1, *v.shape[2:]))  # type: ignore[no-untyped-call]
     return out.view(b, h, n, -1)
@@ -52,7 +48,8 @@ def _phi(x: Tensor) -> Tensor:
 
 def _phi_backward(grad: Tensor, x: Tensor) -> Tensor:
     """`grad phi'(x)`, in place of `grad`: the derivative of phi is 1 above 0 and `exp(x)` below."""
-    return torch.ops.aten.elu_backward.grad_input(grad, 1.0, 1.0, 1.0, False, x, grad_input=grad)
+    product: Tensor = torch.ops.aten.elu_backward.grad_input(grad, 1.0, 1.0, 1.0, False, x, grad_input=grad)
+    return product
 
 
 def _augmented(width: int) -> int:
@@ -64,7 +61,7 @@ def _outer_sum(a: Tensor, b: Tensor) -> Tensor:
     """`a^T b` `[X, D, E]` in at least float32 of `a: [X, N, D]` and `b: [X, N, E]`, as a sum over runs of rows."""
     x, n, d = a.shape
     runs = next(r for r in range(max(1, n // _SUMMED), 0, -1) if n % r == 0)
-    left, right = a.view(x * runs, n // runs, d).transpose(1, 2), b.view(x * runs, n // runs, -1)
+    left, right = a.reshape(x * runs, n // runs, d).transpose(1, 2), b.reshape(x * runs, n // runs, -1)
     if a.is_cuda and a.element_size() == 2 and hasattr(torch.ops.aten.bmm, "dtype"):
         products = torch.bmm(left, right, out_dtype=torch.float32)
     else:
@@ -122,9 +119,10 @@ class _Bidirectional(torch.autograd.Function):
         state, mean = _centred(state, v)
         rounded = state.to(q.dtype)
         for heads in _steps(q, k, v):
-            query, a = _phi(q[heads]), grad.new_zeros(*grad[heads].shape[:2], state.shape[2])
+            query, a = _phi(q[heads]), grad.new_empty(*grad[heads].shape[:2], state.shape[2])
             torch.div(grad[heads], total[heads], out=a[..., :width])
             product = torch.bmm(query, rounded[heads, :, :width]).mul_(a[..., :width])
+            a[..., width:] = 0
             a[..., width] = -product.sum(2, dtype=state.dtype) / total[heads, :, 0]
             torch.bmm(a, rounded[heads].transpose(1, 2), out=dq[heads])
             _phi_backward(dq[heads], q[heads])
@@ -135,41 +133,3 @@ class _Bidirectional(torch.autograd.Function):
             _phi_backward(dk[heads], k[heads])
             torch.baddbmm(dv[heads], _phi(k[heads]), ds, beta=0, alpha=share, out=dv[heads])
         return dq, dk, dv
-
-
-def _plain(function: Callable[..., Any], *args: Tensor) -> Any:
-    return function(*args)
-
-
-def _recomputed(function: Callable[..., Any], *args: Tensor) -> Any:
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def _normalised(mixed: Tensor) -> Tensor:
-    return mixed[..., :-1] / (mixed[..., -1:] + EPS)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, length: int) -> Tensor:
-    run = _recomputed if q.shape[2] > length else _plain
-    state = wide(q).new_zeros(*q.shape[:2], q.shape[3], v.shape[3] + 1)
-    outputs = []
-    for part in zip(*(torch.split(x, length, 2) for x in (q, k, v)), strict=True):
-        out, state = run(_segment, *part, state)
-        outputs.append(out)
-    return torch.cat(outputs, 2)
-
-
-def _segment(q: Tensor, k: Tensor, v: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-    """Outputs of a segment, and the state after it."""
-    groups = q.shape[1] // k.shape[1]
-    value = _cut(pad(wide(v), (0, 1), value=1.0)).repeat_interleave(groups, 1)  # rows added by the cut are zero: no weight
-    query, key = _cut(feature(q)), _cut(feature(k)).repeat_interleave(groups, 1)
-    states = torch.cat([state.unsqueeze(2), key.transpose(-1, -2) @ value], 2).cumsum(2)  # [B, H, chunks + 1, D, Dv + 1]
-    mixed = query @ states[:, :, :-1] + (query @ key.transpose(-1, -2)).tril() @ value
-    return _normalised(mixed).flatten(2, 3)[:, :, : q.shape[2]].to(q.dtype), states[:, :, -1]
-
-
-def _cut(x: Tensor) -> Tensor:
-    """`[B, H, n, X]` -> `[B, H, chunks, C, X]`, the last chunk filled with zeros."""
-    full = pad(x, (0, 0, 0, -x.shape[2] % _CHUNK))
-    return full.reshape(*x.shape[:2], -1, _CHUNK, x.shape[3])
