@@ -1,0 +1,244 @@
+"""Figures: what is drawn, where failures stand, and that looks are stable. Pixels are not compared."""
+
+import itertools
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+import pytest
+import synthetic
+
+from attnbench import figures, frame, registry, series
+from attnbench.errors import UserError
+from attnbench.figures import _style, latency, pareto
+from attnbench.figures._place import Name, annotate
+from attnbench.metrics import METRICS
+
+LENGTHS = (1024, 32768, 131072)
+FEW = ("softmax@cudnn", "softmax@math", "mita", "topk", "linear")
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    synthetic.write(folder, "speed", synthetic.speed(LENGTHS))
+    synthetic.write(folder, "few", [r for r in synthetic.speed(LENGTHS) if r.case.label in FEW])
+    return frame.load(synthetic.write(folder, "fidelity", synthetic.fidelity((1024, 32768))))[0]
+
+
+@pytest.fixture(scope="module")
+def many(loaded):
+    return loaded[loaded["suite"] == "speed"]
+
+
+@pytest.fixture(scope="module")
+def few(loaded):
+    return loaded[loaded["suite"] == "few"]
+
+
+def axes_with_lines(figure):
+    return [a for a in figure.axes if a.get_xscale() == "log" and a.get_yscale() == "log"]
+
+
+def test_every_module_keeps_the_contract():
+    found = figures.modules()
+    assert set(found) >= {"latency", "throughput", "memory", "fidelity", "pareto", "efficiency"}
+    for name, module in found.items():
+        assert module.__name__ == f"attnbench.figures.{name}"
+        assert module.build(pd.DataFrame()) is None
+        assert module.data(pd.DataFrame()).empty
+
+
+def test_latency_draws_the_medians_of_what_was_measured(few):
+    drawn = latency.data(few)
+    good = few[(few["status"] == "ok") & (few["replicate"] == 0)]
+    assert len(drawn[drawn["status"] == "ok"]) == len(good)
+    for row in good.to_dict("records"):
+        match = drawn[(drawn["label"] == row["label"]) & (drawn["n"] == row["n"]) & (drawn["panel"] == row["mode"])]
+        assert match["value"].tolist() == pytest.approx([row["time_s"] * 1e3])
+        assert match["low"].iloc[0] <= match["value"].iloc[0] <= match["high"].iloc[0]
+
+
+def test_drawn_lines_are_the_data(few):
+    figure = latency.build(few)
+    drawn = latency.data(few)
+    assert figure is not None
+    for axes, panel in zip(axes_with_lines(figure), ("forward", "forward+backward"), strict=True):
+        points = {tuple(xy) for line in axes.lines for xy in line.get_xydata()}
+        ok = drawn[(drawn["panel"] == panel) & (drawn["status"] == "ok")]
+        assert points == set(zip(ok["n"].astype(float), ok["value"], strict=True))
+
+
+def test_failures_stand_at_their_length_with_their_letter(few):
+    figure = latency.build(few)
+    assert figure is not None
+    texts = {(t.get_position()[0], t.get_text()) for a in figure.axes for t in a.texts}
+    assert texts == {(32768, "O"), (131072, "S"), (131072, "T")}
+    assert all(status in _style.LETTERS for status in latency.data(few)["status"].unique() if status != "ok")
+
+
+def test_no_line_is_drawn_through_a_failure(tmp_path):
+    cells = [synthetic.case("softmax", n=n) for n in (128, 256, 512, 1024, 2048)]
+    records = [synthetic.failed(c, "timeout") if c.n == 512 else synthetic.ok(c, 1e-3) for c in cells]
+    figure = latency.build(frame.load(synthetic.write(tmp_path, "s", records))[0])
+    assert figure is not None
+    assert sorted(tuple(line.get_xdata()) for line in axes_with_lines(figure)[0].lines) == [(128, 256), (1024, 2048)]
+
+
+def test_unequal_survivors_are_never_averaged(tmp_path):
+    cells = [synthetic.case("topk", task="fidelity", n=128, seed=s) for s in (0, 1, 2)]
+    good = [synthetic.ok(c, 1e-3, metrics={"rel_error": 0.1 * (c.seed + 1)}) for c in cells]
+    module = figures.modules()["fidelity"]
+    whole = module.data(frame.load(synthetic.write(tmp_path / "a", "f", good))[0])
+    assert whole[["value", "low", "high"]].to_numpy().tolist() == [pytest.approx([0.2, 0.1, 0.3])]
+    other = synthetic.ok(synthetic.case("linear", task="fidelity", n=128), 1e-3, metrics={"rel_error": 0.5})
+    torn = module.data(frame.load(synthetic.write(tmp_path / "b", "f", [*good[:2], synthetic.failed(cells[2], "oom"), other]))[0])
+    topk = torn[torn["method"] == "topk"]
+    assert topk["status"].tolist() == ["oom"]
+    assert topk["value"].isna().all()
+
+
+def test_many_series_become_panels_by_family_with_the_best_dense_time(many, few):
+    drawn = latency.data(many)
+    base = drawn[drawn["kind"] == "baseline"]
+    dense = drawn[(drawn["family"] == "dense softmax") & (drawn["kind"] == "series") & (drawn["status"] == "ok")]
+    expected = dense.groupby(["panel", "n"])["value"].min()
+    assert base.set_index(["panel", "n"])["value"].sort_index().tolist() == expected.sort_index().tolist()
+    figure = latency.build(many)
+    assert figure is not None
+    assert len(axes_with_lines(figure)) == 2 * drawn["family"].nunique()
+    assert (latency.data(few)["kind"] == "series").all()
+
+
+def test_noise_band_covers_the_series_measured_twice(few):
+    drawn = latency.data(few)
+    assert set(drawn.loc[drawn["floor"].notna(), "label"]) == {"softmax@cudnn"}
+    noise = series.noise(few)
+    assert noise is not None
+    assert drawn["floor"].max() == noise.relative
+    figure = latency.build(few)
+    assert figure is not None
+    assert str(noise) in figure.get_supxlabel().replace("\n", " ")
+
+
+@pytest.mark.parametrize(("name", "metric"), [("throughput", "throughput"), ("memory", "peak_memory"), ("efficiency", "efficiency")])
+def test_other_metrics_are_in_the_units_of_their_axis(few, name, metric):
+    drawn = figures.modules()[name].data(few)
+    one = drawn[(drawn["label"] == "linear") & (drawn["n"] == 1024) & (drawn["panel"] == "forward")].iloc[0]
+    row = few[(few["label"] == "linear") & (few["n"] == 1024) & (few["mode"] == "forward")]
+    assert one["value"] == pytest.approx(METRICS[metric].at(row, row["time_s"]).iloc[0] / METRICS[metric].divide)
+    assert one["low"] <= one["value"] <= one["high"]
+
+
+def test_exact_methods_are_summed_up_in_the_fidelity_caption(loaded):
+    rows = loaded[loaded["task"] == "fidelity"]
+    drawn = figures.modules()["fidelity"].data(rows)
+    assert set(drawn.loc[drawn["kind"] == "exact", "method"]) == {"softmax", "flash_attn"}
+    assert set(drawn["panel"]) == set(synthetic.PROFILES)
+    figure = figures.modules()["fidelity"].build(rows)
+    assert figure is not None
+    assert "exact methods (FlashAttention, Softmax)" in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_mixed_conditions_are_refused(loaded):
+    with pytest.raises(ValueError, match="mixes"):
+        latency.build(loaded)
+
+
+def test_pareto_front_is_what_nothing_beats(loaded):
+    drawn = pareto.data(loaded[loaded["suite"] != "few"])
+    assert set(drawn["n"]) == {32768}
+    for _, panel in drawn.groupby("panel"):
+        points = [(p["time_ms"], 0 if p["exact"] else p["rel_error"], p["front"]) for p in panel.to_dict("records")]
+        for time, error, front in points:
+            beaten = any(t <= time and e <= error and (t, e) != (time, error) for t, e, _ in points)
+            assert front == (not beaten)
+
+
+def test_pareto_joins_speed_and_fidelity_by_method_and_parameters(loaded):
+    drawn = pareto.data(loaded[loaded["suite"] != "few"])
+    mita = drawn[(drawn["method"] == "mita") & (drawn["panel"] == "randn")]
+    assert len(mita) == 1
+    time = loaded[(loaded["suite"] == "speed") & (loaded["method"] == "mita") & (loaded["n"] == 32768) & (loaded["mode"] == "forward")][
+        "time_s"
+    ]
+    assert mita["time_ms"].tolist() == pytest.approx((time * 1e3).tolist())
+    own = pareto.data(loaded[loaded["task"] == "fidelity"])
+    assert (own["method"] == "mita").sum() == 4 * len(synthetic.PROFILES)
+
+
+def test_pareto_names_who_is_missing(loaded):
+    figure = pareto.build(loaded[loaded["suite"] != "few"])
+    assert figure is not None
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert "Failed here: Softmax (math) (oom)" in caption
+    assert "same parameters: Sliding window, xFormers" in caption
+
+
+def test_markers_depend_on_the_name_alone_and_differ_within_a_family():
+    assert _style.marker("softmax") == "o"
+    methods = registry.registry().found.values()
+    for _, group in itertools.groupby(sorted(methods, key=lambda m: m.family), key=lambda m: m.family):
+        names = [m.name for m in group]
+        assert len({str(_style.marker(n)) for n in names}) == len(names), names
+    assert len(set(_style.COLOURS.values())) == len(_style.COLOURS)
+
+
+def test_implementations_share_marker_and_colour_and_differ_otherwise():
+    looks = [_style.look(label) for label in ("softmax", "softmax@cudnn", "softmax@flash", "softmax@efficient", "softmax@math")]
+    assert len({(str(x["marker"]), x["color"]) for x in looks}) == 1
+    assert len({x["fillstyle"] for x in looks}) == len(looks)
+    assert _style.look("nobody@knows")["color"].upper() == _style.COLOURS[None]
+
+
+def test_names_keep_clear_of_points_and_of_each_other():
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4, 3))
+    axes = figure.add_subplot()
+    points = [(0.5 + 0.02 * i, 0.5 + 0.01 * i) for i in range(6)]
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    figure.draw_without_rendering()
+    annotate(axes, [Name(f"point {i}", p, bool(i % 2), "k") for i, p in enumerate(points)], points)
+    figure.draw_without_rendering()
+    from matplotlib.text import Text
+
+    boxes = [Text.get_window_extent(t) for t in axes.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    assert not any(box.contains(*axes.transData.transform(p)) for box in boxes for p in points)
+
+
+@pytest.mark.parametrize(("n", "text"), [(196, "196"), (784, "784"), (1024, "1k"), (3136, "3136"), (262144, "256k"), (2**20, "1M")])
+def test_ticks(n, text):
+    assert _style.length(n) == text
+
+
+def test_draw_all_writes_stable_files_and_the_data(few, tmp_path):
+    first, second = (figures.draw_all(few, tmp_path / name) for name in "ab")
+    names = {p.name for p in first}
+    assert {f"few-latency-test-gpu-80gb{s}" for s in (".pdf", ".png", ".csv")} <= names
+    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    csv = pd.read_csv(tmp_path / "a" / "few-latency-test-gpu-80gb.csv")
+    drawn = latency.data(few)
+    np.testing.assert_allclose(csv["value"], drawn["value"])
+    pdf = (tmp_path / "a" / "few-latency-test-gpu-80gb.pdf").read_bytes()
+    assert b"/Type0" in pdf or b"/TrueType" in pdf
+    assert b"/Type3" not in pdf
+    assert b"CreationDate" not in pdf
+
+
+def test_the_users_own_settings_change_nothing(few):
+    figure = latency.build(few)
+    with mpl.rc_context({"font.size": 30, "axes.labelsize": 30}):
+        other = latency.build(few)
+    assert figure is not None
+    assert other is not None
+    assert [a.xaxis.label.get_size() for a in figure.axes] == [a.xaxis.label.get_size() for a in other.axes]
+
+
+def test_nothing_measured_is_said(tmp_path):
+    table = frame.load(synthetic.write(tmp_path, "s", [synthetic.failed(synthetic.case("softmax"), "oom")]))[0]
+    with pytest.raises(UserError, match="nothing to draw"):
+        figures.draw_all(table, tmp_path / "f")
+    with pytest.raises(UserError, match="nothing to draw"):
+        figures.draw_all(pd.DataFrame(), tmp_path / "f")
