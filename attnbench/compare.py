@@ -44,7 +44,7 @@ class Comparison:
     ratio: Interval | None
     """`time b / time a` with its 95% interval"""
     floor: Floor | None
-    """the larger of the two sides' noise floors; None where no A/A pair was measured"""
+    """the larger of the two sides' noise floors at the faster time; None where no A/A pair or only one side was measured"""
     verdict: Verdict | None
     """what B is, seen from A; None where a side was not measured"""
 
@@ -73,7 +73,7 @@ def results(a: pd.DataFrame, b: pd.DataFrame) -> list[Comparison]:
             raise UserError(f"{side} holds no records: run a suite first")
     a, b = frame.current(a), frame.current(b)
     keys = [name for name in ("suite", "device") if not _lone(a, b, name)]
-    left, right = (_Side(table, series.labels(table), _floors(table)) for table in (a, b))
+    left, right = (_Side(table, series.labels(table), _again(table)) for table in (a, b))
     return _paired(left, right, [*keys, *_CELL])
 
 
@@ -93,17 +93,19 @@ def methods(table: pd.DataFrame, a: str, b: str) -> list[Comparison]:
     table = frame.current(table)
     sides = [table[table["label"] == label] for label in (a, b)]
     keys = ["suite", "device", "task", "mode", "n", *CONDITIONS]
-    floors, names = _floors(table), series.labels(table)
-    parts = [[_Side(rows, names, floors, str(names[rows.index[0]])) for _, rows in side.groupby("params")] for side in sides]
+    again, names = _again(table), series.labels(table)
+    parts = [[_Side(rows, names, again, str(names[rows.index[0]])) for _, rows in side.groupby("params")] for side in sides]
     return [row for left, right in itertools.product(*parts) for row in _paired(left, right, keys)]
 
 
 class _Side:
-    """One side's first measurements, the floors of the table they come from, and the series' name where it is one series."""
+    """One side's first measurements, the A/A pairs of the table they come from, and the series' name where it is one series."""
 
-    def __init__(self, rows: pd.DataFrame, names: pd.Series[str], floors: dict[tuple[str, str], Floor], name: str = "") -> None:
+    def __init__(
+        self, rows: pd.DataFrame, names: pd.Series[str], again: dict[tuple[str, str], list[tuple[float, float]]], name: str = ""
+    ) -> None:
         self.rows = rows[rows["replicate"] == 0].assign(series=names)
-        self.floors = floors
+        self.again = again
         self.name = name
 
     def by(self, keys: Sequence[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
@@ -112,10 +114,9 @@ class _Side:
         return {tuple(row[key] for key in keys): row for row in rows}
 
 
-def _floors(table: pd.DataFrame) -> dict[tuple[str, str], Floor]:
-    """(suite, device) -> noise floor, where A/A pairs were measured."""
-    found = {(str(s), str(d)): series.noise(rows) for (s, d), rows in table.groupby(["suite", "device"])}
-    return {key: value for key, value in found.items() if value}
+def _again(table: pd.DataFrame) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """(suite, device) -> A/A pairs of times."""
+    return {(str(s), str(d)): series.pairs(rows) for (s, d), rows in table.groupby(["suite", "device"])}
 
 
 def _paired(a: _Side, b: _Side, keys: Sequence[str]) -> list[Comparison]:
@@ -133,10 +134,11 @@ def _compare(a: dict[str, Any] | None, b: dict[str, Any] | None, side_a: _Side, 
     some = a or b
     assert some is not None, "a cell comes from one side at least"
     sides = [(a, side_a), (b, side_b)]
-    noise = [f for row, side in sides if row and (f := side.floors.get((row["suite"], row["device"])))]
-    floor = max(noise, key=lambda f: f.relative) if noise else None
-    samples = [row["samples_s"] for row, _ in sides if row and row["status"] == "ok"]
-    ratio = stats.ratio(*samples) if len(samples) == 2 else None
+    measured = [(row, side) for row, side in sides if row and row["status"] == "ok"]
+    near = min((float(row["time_s"]) for row, _ in measured), default=None)
+    noise = [f for row, side in measured if (f := stats.floor(side.again.get((row["suite"], row["device"]), ()), near))]
+    floor = max(noise, key=lambda f: f.relative) if len(measured) == 2 and noise else None
+    ratio = stats.ratio(*(row["samples_s"] for row, _ in measured)) if len(measured) == 2 else None
     time_a, time_b = (float(row["time_s"]) if row and row["status"] == "ok" else None for row, _ in sides)
     return Comparison(
         suite=" / ".join(dict.fromkeys(str(row["suite"]) for row, _ in sides if row)),

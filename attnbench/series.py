@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,9 +144,15 @@ def _listed(values: list[Any]) -> str:
     return "/".join(str(v) for v in values)
 
 
-def noise(table: pd.DataFrame) -> stats.Floor | None:
-    """Noise floor of the table's A/A pairs: rows with `replicate` above 0 against the same cell with 0, both `ok`."""
-    return stats.floor(pairs(table))
+def noise(table: pd.DataFrame) -> str:
+    """The noise floor of the table's A/A pairs in words, from the quietest duration to the noisiest; empty without pairs."""
+    known = pairs(table)
+    floors = sorted(f.relative for a, b in known if (f := stats.floor(known, math.sqrt(a * b))))
+    if not floors:
+        return ""
+    low, high = f"{floors[0]:.1%}", f"{floors[-1]:.1%}"
+    count = f"{len(known)} A/A {'pair' if len(known) == 1 else 'pairs'}"
+    return f"{low} over {count}" if low == high else f"{low} to {high} by duration, over {count}"
 
 
 def pairs(table: pd.DataFrame) -> list[tuple[float, float]]:

@@ -82,9 +82,14 @@ MANY_PAIRS = 20
 """From this many A/A pairs on the floor is their 95th percentile, below it their largest."""
 
 
-def floor(pairs: Iterable[tuple[float, float]]) -> Floor | None:
-    """Noise floor from `(time, time of the same cell measured again)`: quantile of `max / min - 1`; None without pairs."""
-    apart = [max(a, b) / min(a, b) - 1 for a, b in pairs]
+def floor(pairs: Iterable[tuple[float, float]], near: float | None = None) -> Floor | None:
+    """Noise floor from `(time, time of the same cell measured again)`: quantile of `max / min - 1`; None without pairs.
+
+    Noise depends on how long a call takes: short ones are paced by the host. With `near`, a time, only the pairs within a factor
+    of 2 of it count, and never fewer than the three of the most similar duration.
+    """
+    ranked = sorted((abs(math.log(math.sqrt(a * b) / near)) if near else 0.0, max(a, b) / min(a, b) - 1) for a, b in pairs)
+    apart = [difference for i, (distance, difference) in enumerate(ranked) if i < 3 or distance <= math.log(2)]
     if not apart:
         return None
     relative = float(np.quantile(apart, 0.95)) if len(apart) >= MANY_PAIRS else max(apart)

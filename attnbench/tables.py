@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     import pandas as pd
 
-    from attnbench.stats import Floor
 
 NONE, TIMES, ABOUT = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{ALMOST EQUAL TO}"
 """A cell for which there is no record; the sign behind a speed-up; the sign before one that is within the noise."""
@@ -100,7 +99,7 @@ def _wanted(rows: pd.DataFrame, lengths: Sequence[int] | None) -> list[int]:
 
 def _speed(group: series.Group, mode: str, accuracy: pd.DataFrame, lengths: Sequence[int] | None) -> Table:
     rows = group.rows[(group.rows["mode"] == mode) & (group.rows["replicate"] == 0)]
-    noise = series.noise(group.rows)
+    noise, again = series.noise(group.rows), series.pairs(group.rows)
     columns = _wanted(rows, lengths)
     base = {n: _best_dense(rows[rows["n"] == n]) for n in columns}
     measured = rows[(rows["status"] == "ok") & rows["n"].isin(columns)]
@@ -111,7 +110,7 @@ def _speed(group: series.Group, mode: str, accuracy: pd.DataFrame, lengths: Sequ
     lines = []
     for name, part in _named(rows):
         by_n = {int(r["n"]): r for r in _dicts(part)}
-        cells = [_time(by_n.get(n), base[n], noise) for n in columns] + ([_memory(by_n.get(top))] if top else [])
+        cells = [_time(by_n.get(n), base[n], again) for n in columns] + ([_memory(by_n.get(top))] if top else [])
         lines.append((*_head(name, part), *cells, *(_error(part, errors, profile) for profile in errors)))
     caption = (
         f"{series.describe(rows)}, {mode}. {series.settings(rows)}"
@@ -133,7 +132,7 @@ def _best_dense(rows: pd.DataFrame) -> dict[str, Any] | None:
     return min(dense, key=lambda r: float(r["time_s"]), default=None)
 
 
-def _time(row: dict[str, Any] | None, base: dict[str, Any] | None, noise: Floor | None) -> str:
+def _time(row: dict[str, Any] | None, base: dict[str, Any] | None, again: Sequence[tuple[float, float]]) -> str:
     if row is None or row["status"] != "ok":
         return str(row["status"]) if row else NONE
     low, middle, high = stats.quartiles(row["samples_s"])
@@ -143,7 +142,7 @@ def _time(row: dict[str, Any] | None, base: dict[str, Any] | None, noise: Floor 
     if row["case_id"] == base["case_id"]:
         return f"{text} 1{TIMES}"
     ratio = stats.ratio(base["samples_s"], row["samples_s"])
-    mark = ABOUT if stats.verdict(ratio, noise) is Verdict.NOT_SEPARABLE else ""
+    mark = ABOUT if stats.verdict(ratio, stats.floor(again, min(middle, float(base["time_s"])))) is Verdict.NOT_SEPARABLE else ""
     return f"{text} {mark}{figures(1 / ratio.value)}{TIMES}"
 
 

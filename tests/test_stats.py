@@ -93,3 +93,10 @@ def test_floor_is_the_largest_of_few_pairs_and_a_percentile_of_many():
     assert many is not None
     assert many.relative == pytest.approx(0.01)
     assert str(many) == "1.0% over 100 A/A pairs"
+
+
+def test_floor_near_a_time_asks_cells_of_like_duration():
+    pairs = [(1e-4, 1.2e-4), (2e-4, 2.1e-4), (1e-2, 1.01e-2), (1.5e-2, 1.5e-2), (2e-2, 2.04e-2), (1.0, 1.001)]
+    assert stats.floor(pairs, 1.3e-2) == (pytest.approx(0.02), 3)
+    assert stats.floor(pairs, 1e-4) == (pytest.approx(0.2), 3)
+    assert stats.floor(pairs[:1], 1.0) == (pytest.approx(0.2), 1)

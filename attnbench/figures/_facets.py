@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from attnbench import frame, metrics, series
+from attnbench import frame, metrics, series, stats
 from attnbench.figures import _panel
 from attnbench.figures._style import LETTERS, WIDTHS, WORDS, paper, variants, wrapped
 from attnbench.metrics import METRICS
@@ -55,7 +55,7 @@ class Facets:
     def _points(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         metric = METRICS[self.metric]
         rows = rows.assign(series=series.labels(rows), **self._range(rows))
-        noise, again = series.noise(rows), set(rows.loc[rows["replicate"] > 0, "series"])
+        pairs, again = series.pairs(rows), set(rows.loc[rows["replicate"] > 0, "series"])
         found: list[dict[str, Any]] = []
         for _, cell in rows[rows["replicate"] == 0].groupby([self.by, "series", "n"], sort=True):
             failed = [s for s in cell["status"] if s != "ok"]
@@ -64,6 +64,7 @@ class Facets:
                 continue  # measured, but this metric does not exist for it
             first = cell.iloc[0]
             family = series.family(str(first["method"]))
+            noise = stats.floor(pairs, float(first["time_s"])) if not failed and metric.of_time and first["series"] in again else None
             found.append({
                 "kind": "series" if self.dense or not series.exact(str(first["method"])) else "exact",
                 "panel": str(first[self.by]), "family": str(family or "other"), "series": first["series"], "label": first["label"],
@@ -71,7 +72,7 @@ class Facets:
                 "low": np.nan if failed else float(cell["_low"].min()) / metric.divide,
                 "high": np.nan if failed else float(cell["_high"].max()) / metric.divide,
                 "status": failed[0] if failed else "ok",
-                "floor": noise.relative if noise and first["series"] in again and metric.of_time else np.nan,
+                "floor": noise.relative if noise else np.nan,
             })  # fmt: skip
         return found
 
@@ -135,7 +136,7 @@ class Facets:
             parts.append(("Whole" if self.metric == "latency" else "From whole") + "-method time, median with quartiles.")
         elif rows["seed"].nunique() > 1:
             parts.append(f"Median and range over {rows['seed'].nunique()} seeds.")
-        noise = series.noise(frame.current(rows)) if drawn["floor"].notna().any() else None
+        noise = series.noise(frame.current(rows)) if drawn["floor"].notna().any() else ""
         if noise:
             parts.append(f"Shaded band: A/A noise floor {noise}, drawn around the series that was measured twice.")
         if (drawn["kind"] == "baseline").any():
