@@ -2,15 +2,12 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from attnbench.cli._output import complain, latex, markdown
+from attnbench.cli._output import complain
 from attnbench.errors import UserError
-
-if TYPE_CHECKING:
-    from attnbench.report import Section
 
 
 class Format(StrEnum):
@@ -22,17 +19,17 @@ class Format(StrEnum):
 
 def report(
     results: Annotated[Path, typer.Argument(metavar="[RESULTS]", help="A results folder, or one records file.")] = Path("results"),
+    lengths: Annotated[str, typer.Option(metavar="N,...", help="Only these lengths. Default: all.")] = "",
     format_: Annotated[Format, typer.Option("--format")] = Format.MARKDOWN,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write there, and print the path. Default: stdout.")] = None,
 ) -> None:
-    """Write the results as tables: a row a method, a column a length, failures in their place."""
-    from attnbench import frame
-    from attnbench.report import sections
+    """Write the results as tables: a row a method, a column a length, speed-ups over the best dense method, failures in their place."""
+    from attnbench import frame, tables
 
     table, notes = frame.load(results)
     for note in notes:
         complain(note)
-    text = "\n\n".join(_section(section, format_) for section in sections(table))
+    text = tables.render(tables.report(table, _lengths(lengths)), format_.value)
     if out is None:
         print(text)
     else:
@@ -40,10 +37,11 @@ def report(
         print(out)
 
 
-def _section(section: "Section", form: Format) -> str:
-    if form is Format.MARKDOWN:
-        return f"### {section.title}\n\n{section.conditions}\n\n{markdown(section.rows)}"
-    return f"% {section.title}; {section.conditions}\n{latex(section.rows)}"
+def _lengths(text: str) -> list[int] | None:
+    try:
+        return [int(part) for part in text.split(",")] if text else None
+    except ValueError:
+        raise UserError(f"--lengths {text}: give whole numbers, as --lengths 4096,65536") from None
 
 
 def _write(path: Path, text: str) -> None:
