@@ -26,6 +26,7 @@ from attnbench.method import Citation, Cost, Implementation, Limits, Method, Par
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from ._landmarks import bins, pool
+from ._newton_schulz import newton_schulz
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,12 +55,22 @@ def inverse(a: Tensor, params: NystromformerParams) -> Tensor:
     if params.inverse == "exact":
         exact: Tensor = torch.linalg.pinv(a)
         return exact
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    z = a.transpose(-1, -2) / (a.sum(-2).amax(-1) * a.sum(-1).amax(-1))[..., None, None]
+    eye, z = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device), _first(a)
     for _ in range(params.iterations):
         az = a @ z
         z = z @ (13 * eye - az @ (15 * eye - az @ (7 * eye - az))) / 4
     return z
+
+
+def _first(a: Tensor) -> Tensor:
+    """Where the iteration starts: the transpose, scaled so that it converges."""
+    return a.transpose(-1, -2) / (a.sum(-2).amax(-1) * a.sum(-1).amax(-1))[..., None, None]
+
+
+def _fused_inverse(a: Tensor, params: NystromformerParams) -> Tensor:
+    """`inverse` in fewer launches."""
+    a = wide(a)
+    return inverse(a, params) if params.inverse == "exact" else newton_schulz(a, _first(a), params.iterations)
 
 
 def _landmarks(q: Tensor, k: Tensor, params: NystromformerParams) -> tuple[Tensor, Tensor]:
@@ -68,17 +79,17 @@ def _landmarks(q: Tensor, k: Tensor, params: NystromformerParams) -> tuple[Tenso
     return a, expand_heads(q, b, b)[0]
 
 
-def _mixed(a: Tensor, b: Tensor, read: Tensor, params: NystromformerParams) -> Tensor:
-    """`Z` times what the landmarks read."""
-    z = inverse(masked_softmax(a.shape[-1] ** -0.5 * (a @ b.transpose(-1, -2))), params)
-    return (z @ wide(read)).to(read.dtype)
+def _affinity(a: Tensor, b: Tensor) -> Tensor:
+    """`A [B, H, M, M]`, in at least float32."""
+    return masked_softmax(a.shape[-1] ** -0.5 * (a @ b.transpose(-1, -2)))
 
 
 def _compressed(q: Tensor, k: Tensor, v: Tensor, params: NystromformerParams) -> tuple[Tensor, Tensor]:
     """Landmark keys `b` and their values `Z G v`."""
     a, b = _landmarks(q, k, params)
     k, v = expand_heads(q, k, v)
-    return b, _mixed(a, b, attend(a, k, v, q.shape[-1] ** -0.5), params)
+    read = attend(a, k, v, q.shape[-1] ** -0.5)
+    return b, (inverse(_affinity(a, b), params) @ wide(read)).to(read.dtype)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, params: NystromformerParams, rows: Tensor | None = None) -> Tensor:
@@ -97,7 +108,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, params: NystromformerParams) -> Tensor
     """F and G by scaled_dot_product_attention; only M x M matrices are written."""
     a, b = _landmarks(q, k, params)
     read = scaled_dot_product_attention(a, k, v, enable_gqa=q.shape[1] != k.shape[1])
-    return scaled_dot_product_attention(q, b, _mixed(a, b, read, params))
+    mixed = _fused_inverse(_affinity(a, b), params) @ wide(read)
+    return scaled_dot_product_attention(q, b, mixed.to(read.dtype))
 
 
 def cost(shape: Shape, params: NystromformerParams) -> Cost:
