@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-export OMP_NUM_THREADS ?= 2
 
 .PHONY: quick test gpu-test lint clean
 
@@ -12,7 +11,7 @@ quick: $(STAMP)
 	$(BIN)/attnbench plot results/quick --out results/quick/figures
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 gpu-test: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import time
 from dataclasses import dataclass, field, replace
@@ -162,10 +163,12 @@ class CellRunner:
 
 
 def setup(device: str, protocol: Protocol, plugins: tuple[Path, ...]) -> CellRunner:
-    """Make a worker ready: plugins, memory limit, NVML."""
+    """Make a worker ready: plugins, NVML, and on the CPU a memory limit and one core left to the rest of the machine."""
     add_plugins(plugins)
     if device == "cpu":
         limit_host_memory()
+        if "OMP_NUM_THREADS" not in os.environ:  # a thread that waits for a busy core would be timed waiting
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
         return CellRunner(device, protocol)
     torch.cuda.init()
     return CellRunner(device, protocol, environment.Monitor())
