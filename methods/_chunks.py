@@ -1,4 +1,4 @@
-"""Chunks of queries for implementations that never hold all scores: how large, what they choose, and the backward pass of one."""
+"""Chunks of queries for implementations that never hold all scores: how large, and the backward pass of one."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from attnbench.eager import masked_softmax, wide
 
 _BUDGET_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 """bytes that the intermediates of one chunk may take: small beside a GPU's memory, near the size of a CPU's caches"""
-
-_FEW = 8
-"""maxima that are taken one after another"""
 
 
 def rows_per_chunk(x: Tensor, bytes_per_row: int) -> int:
@@ -33,21 +30,3 @@ def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: flo
 def zeros_wide(x: Tensor) -> Tensor:
     """Zeros of the shape of `x` in at least float32: an accumulator of gradients."""
     return torch.zeros(x.shape, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-
-
-def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` largest of the last axis and their places, `[..., count]`, best first. Overwrites `scores`.
-
-    By repeated maxima where they are few: on a GPU, torch's topk of many short rows takes several times as long.
-    """
-    if count > _FEW:
-        best = scores.topk(count, -1)
-        return best.values, best.indices
-    values: list[Tensor] = []
-    places: list[Tensor] = []
-    for slot in range(count):
-        value, place = scores.max(-1, keepdim=True)
-        values, places = [*values, value], [*places, place]
-        if slot < count - 1:
-            scores.scatter_(-1, place, float("-inf"))
-    return torch.cat(values, -1), torch.cat(places, -1)

@@ -9,7 +9,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnbench.eager import expand_heads, wide
 
-from ._chunks import largest
 from ._landmarks import landmarks
 from ._varlen import Part, group_by_expert, make_part, merged_attention
 
@@ -30,8 +29,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, params: MitaParams) -> Tensor:
         parts.append(_shared_part(r, scaled_dot_product_attention(r, k, v), q.shape[2]))
         scales.append(params.landmark_factor(q.shape[-1]))
     if params.routed:
-        parts.append(_routed_part(q, k, v, r, params))
-        scales.append(q.shape[-1] ** -0.5)
+        parts += _routed_parts(q, k, v, r, params)
+        scales += [q.shape[-1] ** -0.5] * params.experts_per_query
     return merged_attention(q.flatten(0, 2), parts, scales).view(*q.shape[:3], -1)
 
 
@@ -42,16 +41,19 @@ def _shared_part(r: Tensor, values: Tensor, n: int) -> Part:
     return Part(None, r.flatten(0, 2), values.flatten(0, 2), edges * n, edges * m, n, m)
 
 
-def _routed_part(q: Tensor, k: Tensor, v: Tensor, r: Tensor, params: MitaParams) -> Part:
-    """Queries against the tokens of the S experts that each of them reads."""
+def _routed_parts(q: Tensor, k: Tensor, v: Tensor, r: Tensor, params: MitaParams) -> list[Part]:
+    """One part for each of the S experts that a query reads; all of them have the same keys."""
     members, routes = _select(q, k, r, params)
     head = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(*q.shape[:2], 1, 1)
-    tokens, ids = (members + head * k.shape[2]).flatten(), (routes + head * params.landmarks).flatten()
+    tokens, ids = (members + head * k.shape[2]).flatten(), (routes + head * params.landmarks).flatten(0, 2)
+    keys, values = k.flatten(0, 2)[tokens], v.flatten(0, 2)[tokens]
     experts = q.shape[0] * q.shape[1] * params.landmarks
-    order, counts = group_by_expert(ids, experts)
-    keys, values = (x.flatten(0, 2).index_select(0, tokens) for x in (k, v))
     widths = torch.full((experts,), params.topk, device=q.device)
-    return make_part(order, counts, keys, values, widths, slots=params.experts_per_query)
+    parts = []
+    for slot in ids.unbind(-1):
+        order, counts = group_by_expert(slot, experts)
+        parts.append(make_part(order, counts, keys, values, widths))
+    return parts
 
 
 @torch.no_grad()
@@ -60,5 +62,5 @@ def _select(q: Tensor, k: Tensor, r: Tensor, params: MitaParams) -> tuple[Tensor
     r = wide(r)
     probe = torch.cat([r @ wide(part).transpose(-1, -2) for part in k.split(_TOKENS, 2)], -1)
     members = probe.topk(params.topk, -1).indices
-    routes = [largest(wide(part) @ r.transpose(-1, -2), params.experts_per_query)[1] for part in q.split(_TOKENS, 2)]
+    routes = [(wide(part) @ r.transpose(-1, -2)).topk(params.experts_per_query, -1).indices for part in q.split(_TOKENS, 2)]
     return members, torch.cat(routes, 2)

@@ -98,8 +98,8 @@ def _loop_backward(grad: Tensor, saved: Saved, layout: Layout) -> tuple[Tensor, 
 
 
 def _one_head(width: int, *tensors: Tensor) -> list[Tensor]:
-    """`[R, D]` -> `[R, 1, width]`, zero columns added where there are fewer."""
-    return [(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))).unsqueeze(1).contiguous() for x in tensors]
+    """`[R, D]` -> `[R, 1, width]`, zero columns added."""
+    return [pad(x, (0, width - x.shape[-1])).unsqueeze(1).contiguous() for x in tensors]
 
 
 def _flash_width(q: Tensor, v: Tensor) -> int:

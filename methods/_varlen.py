@@ -8,7 +8,6 @@ A key that reaches a query through two parts counts twice.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,6 @@ from torch.autograd.function import once_differentiable
 from attnbench.eager import wide
 
 from . import _segments
-from ._slots import Rows, slot_sum
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
 
     from attnbench.method import Params, Shape
 
-_MERGE_ROWS = 1 << 22  # rows merged at a time, so that copies of their places and weights stay small
+_MERGE_ROWS = 1 << 18  # rows merged at a time, so that no float32 copy of all rows exists
 _MAX_SEGMENTS = 65535  # the flash kernels put segments on the second axis of a CUDA grid
 
 
@@ -34,8 +32,8 @@ _MAX_SEGMENTS = 65535  # the flash kernels put segments on the second axis of a 
 class Part:
     """One set of segments. Make it with `make_part`, which drops segments without queries: flash attention forbids them."""
 
-    entries: Tensor | None
-    """`[R']` in segment order, each at most once: entry `row * slots + slot` is a row of the flat queries; None: all rows as they are"""
+    q_rows: Tensor | None
+    """`[R']` rows of the flat queries in segment order, each at most once; None: all rows as they are"""
     k: Tensor
     """`[T, D]` keys in segment order"""
     v: Tensor
@@ -50,8 +48,6 @@ class Part:
     """at least the longest run of keys"""
     causal: bool = False
     """query t of a segment reads its first t + 1 keys; each segment then has as many keys as queries"""
-    slots: int = 1
-    """segments that a row reads at most"""
 
 
 def group_by_expert(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -59,9 +55,8 @@ def group_by_expert(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
     Rows keep their order inside an expert. An id of `experts` means none: such rows come last and are not counted.
     """
-    compact = torch.int16 if experts < 1 << 15 else torch.int32  # a radix sort takes as many passes as there are bits
-    ordered, order = ids.to(compact).sort(stable=True)
-    edges = torch.searchsorted(ordered, torch.arange(experts + 1, dtype=compact, device=ids.device))
+    ordered, order = ids.to(torch.int32).sort(stable=True)
+    edges = torch.searchsorted(ordered, torch.arange(experts + 1, dtype=torch.int32, device=ids.device))
     return order, edges.diff()
 
 
@@ -70,29 +65,29 @@ def offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
 
 
-def make_part(entries: Tensor, counts_q: Tensor, k: Tensor, v: Tensor, counts_k: Tensor, *, causal: bool = False, slots: int = 1) -> Part:
+def make_part(q_rows: Tensor, counts_q: Tensor, k: Tensor, v: Tensor, counts_k: Tensor, *, causal: bool = False) -> Part:
     """A part of S segments of `counts_q: [S]` queries and `counts_k: [S]` keys; segments without queries are left out.
 
-    `entries` beyond the sum of `counts_q` is ignored. Reads sizes back from the device: one synchronisation, and a second one
+    `q_rows` beyond the sum of `counts_q` is ignored. Reads sizes back from the device: one synchronisation, and a second one
     and a copy of the keys where a segment is left out.
     """
     used = counts_q > 0
     rows, kept, max_q, max_k = torch.stack([counts_q.sum(), used.sum(), counts_q.max(), counts_k.max()]).tolist()
     if kept < len(counts_q):
         held = used.repeat_interleave(counts_k, output_size=k.shape[0]).nonzero()[:, 0]
-        k, v, counts_q, counts_k = k.index_select(0, held), v.index_select(0, held), counts_q[used], counts_k[used]
-    return Part(entries[:rows], k, v, offsets(counts_q), offsets(counts_k), max_q, max_k, causal, slots)
+        k, v, counts_q, counts_k = k[held], v[held], counts_q[used], counts_k[used]
+    return Part(q_rows[:rows], k, v, offsets(counts_q), offsets(counts_k), max_q, max_k, causal)
 
 
 def merged_attention(q: Tensor, parts: Sequence[Part], scale: float | Sequence[float]) -> Tensor:
     """Softmax attention of `q: [R, D]` over the union of what each row reads in `parts` -> `[R, Dv]`, zero where it reads nothing.
 
     `scale` is one factor of q . k, or one a part. Differentiable in q and in the keys and values of each part.
-    A row that reads several segments of one part has a slot for each.
+    A row that reads several segments of one kind takes part in several parts, one a slot.
     """
     scales = [scale] * len(parts) if isinstance(scale, (int, float)) else list(scale)
     tensors = [x for part in parts for x in (part.k, part.v)]
-    rows = [Rows.of(part.entries, part.slots, len(q)) for part in parts]
+    rows = [part.q_rows for part in parts]
     layouts = [_segments.Layout(p.cu_q, p.cu_k, p.max_q, p.max_k, p.causal, s) for p, s in zip(parts, scales, strict=True)]
     out: Tensor = _MergedAttention.apply(q, rows, layouts, *tensors)  # type: ignore[no-untyped-call]
     return out
@@ -115,45 +110,47 @@ def segment_reasons(segments: int, device: str) -> list[str]:
     return [f"{segments} segments (batch x heads x experts) exceed the {_MAX_SEGMENTS} of one flash attention call"]
 
 
-def _sum_parts(pieces: Sequence[Tensor], rows: Sequence[Rows], weights: Sequence[Tensor] | None, like: Tensor) -> Tensor:
-    """Sum over parts and slots of `weight * piece`, brought back to the order of all rows."""
-    if not any(len(x) for x in pieces):
-        return torch.zeros_like(like)
-    chunks = [_sum_chunk(pieces, rows, weights, slice(i, i + _MERGE_ROWS)) for i in range(0, len(like), _MERGE_ROWS)]
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+def _take(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x[rows]
 
 
-def _sum_chunk(pieces: Sequence[Tensor], rows: Sequence[Rows], weights: Sequence[Tensor] | None, chunk: slice) -> Tensor:
-    """The sum at some rows, one pass over them a part; parts that hold all rows as they are come last, where a pass adds and weighs."""
-    sums: list[Tensor] = []
-    for p in sorted(range(len(pieces)), key=lambda p: rows[p].places is None):
-        piece, places = pieces[p], rows[p].places
-        if len(piece) == 0:
-            continue
-        weight = weights[p][chunk].to(piece.dtype) if weights else None
-        if places is not None:
-            sums.append(slot_sum(piece, places[chunk], weight, full=len(piece) == places.numel()))
-        elif weight is None:
-            sums.append(piece[chunk])
-        else:
-            sums.append(torch.addcmul(sums.pop(), piece[chunk], weight) if sums else piece[chunk] * weight)
-    return reduce(torch.add, sums)
+def _place(rows: Tensor | None, total: int) -> Tensor | None:
+    """Inverse of `rows`: where each of `total` rows lies in a part, -1 where it does not."""
+    if rows is None:
+        return None
+    place = torch.full((total,), -1, dtype=torch.long, device=rows.device)
+    place[rows] = torch.arange(len(rows), device=rows.device)
+    return place
+
+
+def _sum_parts(pieces: Sequence[Tensor], places: Sequence[Tensor | None], weights: Sequence[Tensor] | None, like: Tensor) -> Tensor:
+    """Sum over parts of `weight * piece`, brought back to the order of all rows; added up in at least float32."""
+    out = torch.empty_like(like)
+    for start in range(0, len(out), _MERGE_ROWS):
+        chunk = slice(start, start + _MERGE_ROWS)
+        total = torch.zeros_like(wide(out[chunk]))
+        for p, (piece, place) in enumerate(zip(pieces, places, strict=True)):
+            if piece.shape[0] == 0:
+                continue
+            x = wide(piece[chunk] if place is None else piece[place[chunk].clamp(min=0)])
+            x = x * weights[p][chunk, None] if weights else x
+            total += x if place is None else x.masked_fill((place[chunk] < 0)[:, None], 0.0)
+        out[chunk] = total.to(out.dtype)
+    return out
 
 
 class _MergedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, rows: list[Rows], layouts: list[_segments.Layout], *tensors: Tensor) -> Tensor:
-        outputs, shares = [], []
+    def forward(ctx: Any, q: Tensor, rows: list[Tensor | None], layouts: list[_segments.Layout], *tensors: Tensor) -> Tensor:
+        outputs, shares, places = [], [], [_place(r, len(q)) for r in rows]
         for row, layout, k, v in zip(rows, layouts, tensors[::2], tensors[1::2], strict=True):
-            q_part = row.take(q)
+            q_part = _take(q, row)
             o, lse = _segments.forward(q_part, k, v, layout) if layout.max_q else (v.new_empty(0, v.shape[1]), wide(q.new_empty(0)))
             outputs.append(o)
-            shares.append(row.shares(lse))
-        share = torch.cat(shares, 1)
-        total = share.logsumexp(1)
-        total.masked_fill_(total == float("-inf"), float("inf"))  # rows that read nothing: exp(s - total) is 0
-        weights = share.sub_(total[:, None]).exp_().split([x.shape[1] for x in shares], 1)
-        out = _sum_parts(outputs, rows, weights, q.new_empty(len(q), tensors[1].shape[1]))
+            shares.append(lse if row is None else lse.new_full((len(q),), float("-inf")).index_copy(0, row, lse))
+        total = torch.stack(shares).logsumexp(0)
+        weights = [(share - total).exp().masked_fill(share == float("-inf"), 0.0) for share in shares]
+        out = _sum_parts(outputs, places, weights, q.new_empty(len(q), tensors[1].shape[1]))
         ctx.save_for_backward(q, out, total, *tensors)
         ctx.rows, ctx.layouts = rows, layouts
         return out
@@ -162,13 +159,14 @@ class _MergedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse, *tensors = ctx.saved_tensors
+        lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # rows that read nothing: exp(s - lse) is 0
         dq_parts, grads = [], []
         for row, layout, k, v in zip(ctx.rows, ctx.layouts, tensors[::2], tensors[1::2], strict=True):
             if layout.max_q:
-                saved = _segments.Saved(row.take(q), k, v, row.take(out), row.take(lse))
-                dq, dk, dv = _segments.backward(row.take(grad), saved, layout)
+                saved = _segments.Saved(_take(q, row), k, v, _take(out, row), _take(lse, row))
+                dq, dk, dv = _segments.backward(_take(grad, row), saved, layout)
             else:
                 dq, dk, dv = q.new_empty(0, q.shape[1]), torch.zeros_like(k), torch.zeros_like(v)
             dq_parts.append(dq)
             grads += [dk, dv]
-        return (_sum_parts(dq_parts, ctx.rows, None, q), None, None, *grads)
+        return (_sum_parts(dq_parts, [_place(r, len(q)) for r in ctx.rows], None, q), None, None, *grads)
