@@ -7,19 +7,19 @@ model, limits, and any number of implementations that are imported only when the
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import importlib
 import importlib.util
 import inspect
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from attnbench.cost import Cost
 from attnbench.errors import UserError, unknown
+from attnbench.params import Params, Shape, param
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -27,156 +27,10 @@ if TYPE_CHECKING:
     from attnbench.fastweights import FastWeights
     from attnbench.taxonomy import Coordinates, Family
 
+__all__ = ["EAGER", "AttentionModule", "Citation", "Cost", "Implementation", "Limits", "Method", "Params", "Shape", "param", "resolve"]
+
 EAGER = "eager"
 """Name of the implementation that every method has: its own reference."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one attention call."""
-
-    batch: int
-    heads: int
-    n: int
-    """queries"""
-    dim: int
-    """head dimension of q and k"""
-    kv_heads: int = 0
-    """heads of k and v; 0 means as many as `heads`"""
-    keys: int = 0
-    """keys; 0 means as many as queries"""
-    dim_v: int = 0
-    """head dimension of v; 0 means `dim`"""
-
-    def __post_init__(self) -> None:
-        for name, default in (("kv_heads", self.heads), ("keys", self.n), ("dim_v", self.dim)):
-            if getattr(self, name) == 0:
-                object.__setattr__(self, name, default)
-        for f in fields(self):
-            if getattr(self, f.name) < 1:
-                raise UserError(f"{f.name} = {getattr(self, f.name)} is not a size: give a whole number of at least 1")
-        if self.heads % self.kv_heads:
-            raise UserError(f"kv_heads = {self.kv_heads} does not divide heads = {self.heads}")
-
-    @classmethod
-    def of(cls, q: Tensor, k: Tensor, v: Tensor) -> Self:
-        """The shape of a call with these tensors. Raises `UserError` where they do not fit together."""
-        if not (q.ndim == k.ndim == v.ndim == 4):
-            raise UserError(f"q, k, v must be [B, H, N, D]: got {q.ndim}, {k.ndim} and {v.ndim} dimensions")
-        if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-            raise UserError(f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} do not fit [B, H, N, D]")
-        return cls(q.shape[0], q.shape[1], q.shape[2], q.shape[3], k.shape[1], k.shape[2], v.shape[3])
-
-
-def param(default: Any, doc: str, *, unit: str = "", low: float | None = None, at_most: str = "") -> Any:
-    """A field of a `Params` dataclass.
-
-    `low` is the smallest legal value; `at_most` names the size of `Shape` that it may not exceed.
-    """
-    return field(default=default, metadata={"doc": doc, "unit": unit, "low": low, "at_most": at_most})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Params:
-    """Hyper-parameters of a method; a method adds its own fields with `param`."""
-
-    causal: bool = param(False, "a query reads only keys at or before its own position")
-
-    @classmethod
-    def parse(cls, values: Mapping[str, object], owner: str = "") -> Self:
-        """Make parameters from named values. Strings are converted. Raises `UserError` naming the culprit."""
-        hints = get_type_hints(cls)
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            if name not in known:
-                raise unknown("parameter", name, known, owner)
-        converted: dict[str, Any] = {name: _convert(name, value, hints[name], owner) for name, value in values.items()}
-        return cls(**converted)
-
-    def problems(self, shape: Shape) -> list[str]:
-        """Why these values make no sense at `shape`; empty when they do. Methods extend it."""
-        found = []
-        for f in fields(self):
-            value, low, most = getattr(self, f.name), f.metadata.get("low"), f.metadata.get("at_most")
-            if low is not None and value < low:
-                found.append(f"{f.name} = {value} is below its least value {low}")
-            if most and value > getattr(shape, most):
-                name = {"n": "N", "keys": "M (keys)"}.get(most, most)
-                found.append(f"{f.name} = {value} exceeds {name} = {getattr(shape, most)}: lower {f.name}")
-        return found
-
-    def fitted(self, shape: Shape) -> Self:
-        """These parameters with every bounded value clamped to `shape`."""
-        bounded = {f.name: f.metadata["at_most"] for f in fields(self) if f.metadata.get("at_most")}
-        return replace(self, **{name: min(getattr(self, name), getattr(shape, most)) for name, most in bounded.items()})
-
-    def as_dict(self) -> dict[str, Any]:
-        """Field -> value, every field, defaults included."""
-        return dataclasses.asdict(self)
-
-
-def _convert(name: str, value: object, hint: Any, owner: str) -> object:
-    if get_origin(hint) is Literal:
-        if value not in get_args(hint):
-            raise unknown(f"value of {owner}.{name}" if owner else f"value of {name}", value, map(str, get_args(hint)))
-        return value
-    text = str(value).strip()
-    if hint is bool and (isinstance(value, bool) or text.lower() in {"true", "false"}):
-        return value if isinstance(value, bool) else text.lower() == "true"
-    if hint in (int, float) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
-            return hint(text)
-    if hint is str and isinstance(value, str):
-        return value
-    raise UserError(f"{owner + '.' if owner else ''}{name} = {value!r} is not of type {hint.__name__}")
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Work of one forward call over the whole batch, all heads.
-
-    A multiply-add is 2 FLOP; matrix products are counted over the pairs really scored; exp and division are not.
-    """
-
-    flops: Mapping[str, int]
-    """stage -> FLOP of the forward pass"""
-    elements: int
-    """elements of the input dtype that must cross device memory: inputs once, output once, gathers with multiplicity"""
-    index_bytes: int = 0
-    """bytes of indices and statistics that must exist in memory"""
-    recomputes: bool = True
-    """whether the backward pass computes the scores again (2.5 times the forward work, else 2)"""
-    selection: tuple[str, ...] = ()
-    """stages that only choose keys or experts: no gradient passes them, so the backward pass leaves them out"""
-
-    @classmethod
-    def of(
-        cls,
-        shape: Shape,
-        flops: Mapping[str, int],
-        *,
-        extra: int = 0,
-        index_bytes: int = 0,
-        recomputes: bool = True,
-        selection: tuple[str, ...] = (),
-    ) -> Self:
-        """A cost whose traffic is q, k, v and the output once, plus `extra` elements."""
-        s = shape
-        io = s.batch * (s.heads * s.n * (s.dim + s.dim_v) + s.kv_heads * s.keys * (s.dim + s.dim_v))
-        return cls(dict(flops), io + extra, index_bytes, recomputes, selection)
-
-    def total(self, mode: str = "forward") -> int:
-        """FLOP of `forward` or `forward+backward`."""
-        forward = sum(self.flops.values())
-        if mode == "forward":
-            return forward
-        differentiated = forward - sum(self.flops[stage] for stage in self.selection)
-        return forward + (5 * differentiated // 2 if self.recomputes else 2 * differentiated)
-
-    def bytes(self, element_size: int, mode: str = "forward") -> int:
-        """Compulsory memory traffic; the backward pass reads and writes each tensor and its gradient once."""
-        forward = self.elements * element_size + self.index_bytes
-        return forward if mode == "forward" else 3 * forward
 
 
 @dataclass(frozen=True)
