@@ -8,19 +8,17 @@ and key, not to the first: such calls are refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from attnbench.method import Citation, Implementation, Limits, Method
+from attnbench.method import Citation, Implementation, Limits
 
 from . import softmax
-from .softmax import SoftmaxParams, cost, experts, reference
 
 if TYPE_CHECKING:
     import torch
 
     from attnbench.method import Params, Shape
-
-__all__ = ["METHOD", "cost", "experts", "reference"]
 
 
 def _causal_cross(shape: Shape, params: Params, _dtype: torch.dtype, _device: str) -> list[str]:
@@ -34,21 +32,15 @@ def _library(name: str, package: str, note: str, *, value_dim: bool) -> Implemen
     return Implementation(name, f"{module}:attention", limits, (package,), witness=f"{module}:witness", layout="bnhd", note=note)
 
 
-METHOD = Method(
+METHOD = replace(
+    softmax.METHOD,
     name="flash_attn",
     title="FlashAttention",
-    coordinates=softmax.METHOD.coordinates,
     citation=Citation("Dao", 2023, "FlashAttention-2", "https://arxiv.org/abs/2307.08691", "ICLR 2024"),
-    params=SoftmaxParams,
-    reference=reference,
-    experts=experts,
-    cost=cost,
-    limits=Limits(cross=True),
     implementations=(
         _library("fa4", "flash_attn", "package flash-attn-4", value_dim=True),
         _library("fa3", "flash_attn_interface", "FlashAttention-3, for Hopper", value_dim=False),
         _library("fa2", "flash_attn", "package flash-attn 2.x", value_dim=False),
     ),
-    exact=True,
     library=True,
 )

@@ -6,23 +6,17 @@ Rabe and Staats 2021, https://arxiv.org/abs/2112.05682.
 
 from __future__ import annotations
 
-from attnbench.method import Citation, Implementation, Limits, Method
+from dataclasses import replace
+
+from attnbench.method import Citation, Implementation, Limits
 
 from . import softmax
-from .softmax import SoftmaxParams, cost, experts, reference
 
-__all__ = ["METHOD", "cost", "experts", "reference"]
-
-METHOD = Method(
+METHOD = replace(
+    softmax.METHOD,
     name="xformers",
     title="xFormers",
-    coordinates=softmax.METHOD.coordinates,
     citation=Citation("Lefaudeux et al.", 2022, "xFormers", "https://github.com/facebookresearch/xformers", ""),
-    params=SoftmaxParams,
-    reference=reference,
-    experts=experts,
-    cost=cost,
-    limits=Limits(cross=True),
     implementations=(
         Implementation(
             "memory_efficient",
@@ -34,6 +28,5 @@ METHOD = Method(
             note="the kernel that xformers picks",
         ),
     ),
-    exact=True,
     library=True,
 )
