@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from attnbench.method import Implementation, Method, Params
+    from attnbench.method import Implementation, Method, Params, Weights
     from attnbench.suite import Case, Protocol
 
 _SLOW_S = 2.0
@@ -40,11 +40,15 @@ class Bound:
     params: Params
     leaves: tuple[Tensor, ...]
     """q, k, v in the implementation's own layout"""
+    weights: Weights
+    """learned parameters, which are differentiated too"""
     gradient: Tensor | None
     """gradient of the output, where a backward pass is wanted"""
 
     @classmethod
-    def of(cls, method: Method, implementation: Implementation, params: Params, tensors: inputs.Inputs, *, backward: bool) -> Bound:
+    def of(
+        cls, method: Method, implementation: Implementation, params: Params, tensors: inputs.Inputs, weights: Weights, *, backward: bool
+    ) -> Bound:
         """Convert layouts and draw the output's gradient, before any clock starts."""
         swap = implementation.layout == "bnhd"
         q, v = tensors[0], tensors[2]
@@ -53,16 +57,17 @@ class Bound:
         if backward:
             gradient = torch.randn(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
             gradient = gradient.transpose(1, 2).contiguous() if swap else gradient
-        return cls(method.function(implementation), params, tuple(x.requires_grad_(backward) for x in leaves), gradient)
+        own = {name: x.detach().clone().requires_grad_(backward) for name, x in weights.items()}
+        return cls(method.function(implementation), params, tuple(x.requires_grad_(backward) for x in leaves), own, gradient)
 
     def forward(self) -> Tensor:
         """The output; with a graph only where a backward pass is wanted."""
         with torch.set_grad_enabled(self.gradient is not None):
-            return self.function(*self.leaves, self.params)
+            return self.function(*self.leaves, self.params, **({"weights": self.weights} if self.weights else {}))
 
     def backward(self, output: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of q, k, v, into fresh buffers: nothing is accumulated."""
-        return torch.autograd.grad(output, self.leaves, self.gradient, allow_unused=True)
+        """Gradients of q, k, v and of learned parameters, into fresh buffers: nothing is accumulated."""
+        return torch.autograd.grad(output, (*self.leaves, *self.weights.values()), self.gradient, allow_unused=True)
 
     def __call__(self) -> object:
         """The whole call, as the mode wants it."""
@@ -70,13 +75,13 @@ class Bound:
         return output if self.gradient is None else (output, self.backward(output))
 
     def copy(self) -> Bound:
-        """The same call on inputs of its own."""
+        """The same call on inputs of its own; learned parameters are shared."""
         return replace(self, leaves=tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in self.leaves))
 
     @property
     def input_bytes(self) -> int:
-        """q, k, v, and the output's gradient."""
-        return sum(x.nbytes for x in (*self.leaves, *([] if self.gradient is None else [self.gradient])))
+        """q, k, v, learned parameters, and the output's gradient."""
+        return sum(x.nbytes for x in (*self.leaves, *self.weights.values(), *([] if self.gradient is None else [self.gradient])))
 
 
 @dataclass
@@ -122,17 +127,25 @@ class CellRunner:
         if chosen is None:
             return Record(case, Status.UNSUPPORTED, "", reasons=tuple(why))
         tensors, digest = self._draw(case, dtype)
+        weights = method.initial(case.shape, params, tensors[0], case.seed)
         cost = method.cost(case.shape, params)
         record = Record(
-            case, Status.OK, "", chosen.name, input_hash=digest, flops=cost.total(case.mode), bytes=cost.bytes(dtype.itemsize, case.mode)
+            case,
+            Status.OK,
+            "",
+            chosen.name,
+            input_hash=digest,
+            flops=cost.total(case.mode),
+            bytes=cost.bytes(dtype.itemsize, case.mode),
+            learned=sum(x.numel() for x in weights.values()),
         )
-        bound = Bound.of(method, chosen, params, tensors, backward=backward)
+        bound = Bound.of(method, chosen, params, tensors, weights, backward=backward)
         first_call_s = self._timed_once(bound)
         repeat = first_call_s < _SLOW_S
-        verdict = check.gate(method, chosen, params, tensors, backward=backward, rows=self.protocol.gate_rows, repeat=repeat)
+        verdict = check.gate(method, chosen, params, tensors, weights, backward=backward, rows=self.protocol.gate_rows, repeat=repeat)
         if not verdict.passed:
             return replace(record, status=Status.INCORRECT, gate=verdict, reasons=_excess(verdict.errors, verdict.bounds))
-        metrics = TASKS[case.task](method, params, tensors, bound.forward, chosen.layout)
+        metrics = TASKS[case.task](method, params, tensors, weights, forward=bound.forward, layout=chosen.layout)
         usage = memory.measure(bound.forward, bound.backward if backward else None, bound.input_bytes, self.device)
         taken = timing.measure(self._clock(case, bound), self.protocol, first_call_s, self.monitor)
         return replace(record, gate=verdict, metrics=metrics, memory=usage, timing=taken)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from attnbench.method import Implementation, Method, Params, resolve
+from attnbench.method import Implementation, Method, Params, Shape, Weights, resolve
 from attnbench.record import Gate
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from attnbench.inputs import Inputs
 
 _FACTOR = {"out": 2.0}
+_BY_ROW = ("out", "dq", "dk", "dv")
+"""what has a row a token; the gradient of a learned parameter sums over tokens, and with them over flipped choices"""
 _BACKWARD_FACTOR = 3.0
 _FIT_ELEMENTS = 1 << 26
 """scores of a whole definition that still fit, where it cannot be sampled"""
@@ -46,26 +48,36 @@ class Sample:
 
 
 def gate(
-    method: Method, implementation: Implementation, params: Params, inputs: Inputs, *, backward: bool, rows: int = 256, repeat: bool = True
+    method: Method,
+    implementation: Implementation,
+    params: Params,
+    inputs: Inputs,
+    weights: Weights | None = None,
+    *,
+    backward: bool,
+    rows: int = 256,
+    repeat: bool = True,
 ) -> Gate:
-    """Hold an implementation against the definition on these inputs.
+    """Hold an implementation against the definition on these inputs and learned parameters.
 
-    Compared are the output at sampled queries of up to two heads and, with `backward`, the gradients of all three inputs under an
-    output gradient that lives on those queries. `repeat` runs a second time, to see whether the bits are the same.
+    Compared are the output at sampled queries of up to two heads (of all, where heads share learned parameters) and, with `backward`,
+    the gradients of the three inputs and of the learned parameters under an output gradient that lives on those queries. `repeat` runs
+    a second time, to see whether the bits are the same.
     """
     inputs = _shortened(method, inputs)
     q, k, v = inputs
+    weights = method.initial(Shape.of(*inputs), params, q) if weights is None else weights
     sample = _sample(method, q, k, rows)
     grad = _output_gradient(q, v, sample) if backward else None
     _poison(q, v)
 
-    def run(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return method.run(implementation, a, b, c, params)
+    def run(a: Tensor, b: Tensor, c: Tensor, own: Weights) -> Tensor:
+        return method.run(implementation, a, b, c, params, weights=own or None)
 
-    got, seen = _observed(run, inputs, grad, sample)
-    again = _evaluate(run, inputs, grad, sample) if repeat else None
+    got, seen = _observed(run, inputs, weights, grad, sample)
+    again = _evaluate(run, inputs, weights, grad, sample) if repeat else None
     operator, fallback = _operator(implementation, seen, inputs, params)
-    want, eager = (_definition(method, params, inputs, grad, sample, dtype=dtype) for dtype in (torch.float64, q.dtype))
+    want, eager = (_definition(method, params, inputs, weights, sample, grad=grad, dtype=dtype) for dtype in (torch.float64, q.dtype))
     if fallback or (problem := _malformed(got, want, q)):
         reason = fallback or problem
         return Gate(False, {reason: float("inf")}, {reason: 0.0}, q.shape[2], 0, 0, None, operator)
@@ -74,11 +86,12 @@ def gate(
     bounds: dict[str, float] = {}
     for name in want:
         factor = _FACTOR.get(name, _BACKWARD_FACTOR)
-        mine, theirs = (_errors(x[name], want[name], method.selective) for x in (got, eager))
+        by_row = method.selective and name in _BY_ROW
+        mine, theirs = (_errors(x[name], want[name], by_row) for x in (got, eager))
         for measure, value in mine.items():
             errors[f"{name} {measure}"] = value
             bounds[f"{name} {measure}"] = _bound(measure, theirs[measure], factor, epsilon, want[name])
-        if method.selective:
+        if by_row:
             limit = 10 * bounds[f"{name} p90"]
             share, allowed = (float((_row_errors(x[name], want[name]) > limit).double().mean()) for x in (got, eager))
             count = _row_errors(want[name], want[name]).numel()
@@ -102,7 +115,8 @@ def _shortened(method: Method, inputs: Inputs) -> Inputs:
 
 def _sample(method: Method, q: Tensor, k: Tensor, rows: int) -> Sample:
     batch, heads, n = q.shape[:3]
-    picked = torch.arange(heads, device=q.device) if method.couples_heads else torch.tensor(sorted({0, heads - 1}), device=q.device)
+    whole = method.couples_heads or method.weights is not None
+    picked = torch.arange(heads, device=q.device) if whole else torch.tensor(sorted({0, heads - 1}), device=q.device)
     read = (picked * k.shape[1] // heads).unique()
     if n <= rows or not method.takes_rows:
         return Sample(batch - 1, picked, read, None)
@@ -125,26 +139,34 @@ def _poison(q: Tensor, v: Tensor) -> None:
     del blocks
 
 
-def _evaluate(run: Callable[..., Tensor], inputs: Inputs, grad: Tensor | None, sample: Sample) -> dict[str, Tensor]:
+def _evaluate(run: Callable[..., Tensor], inputs: Inputs, weights: Weights, grad: Tensor | None, sample: Sample) -> dict[str, Tensor]:
     """Output, and gradients where `grad` is given, at the sample; the raw output's shape and dtype are kept as they are."""
-    leaves = [x.detach().requires_grad_(grad is not None) for x in inputs]
+    leaves = [x.detach().requires_grad_(grad is not None) for x in (*inputs, *weights.values())]
     with torch.set_grad_enabled(grad is not None):
-        out = run(*leaves)
+        out = run(*leaves[:3], dict(zip(weights, leaves[3:], strict=True)))
     if out.shape != (*inputs[0].shape[:3], inputs[2].shape[-1]):
         return {"out": out.detach()}
     result = {"out": sample.output(out.detach())}
     if grad is not None:
-        grads = torch.autograd.grad(out, leaves, grad, allow_unused=True)
-        part = slice(sample.batch, sample.batch + 1)
-        for name, g, x, heads in zip(("dq", "dk", "dv"), grads, leaves, (sample.heads, sample.kv_heads, sample.kv_heads), strict=True):
-            result[name] = (torch.zeros_like(x) if g is None else g)[part, heads]
+        grads = _gradients(out, leaves, weights, grad)
+        part, heads = slice(sample.batch, sample.batch + 1), {"dq": sample.heads, "dk": sample.kv_heads, "dv": sample.kv_heads}
+        result |= {name: g[part, heads[name]] if name in heads else g for name, g in grads.items()}
     return result
 
 
-def _observed(run: Callable[..., Tensor], inputs: Inputs, grad: Tensor | None, sample: Sample) -> tuple[dict[str, Tensor], set[str]]:
+def _gradients(out: Tensor, leaves: list[Tensor], weights: Weights, grad: Tensor) -> dict[str, Tensor]:
+    """`dq`, `dk`, `dv` and `d` before the name of each learned parameter; zero where the output does not depend on it."""
+    found = torch.autograd.grad(out, leaves, grad, allow_unused=True)
+    names = ("dq", "dk", "dv", *(f"d{name}" for name in weights))
+    return {name: torch.zeros_like(x) if g is None else g for name, g, x in zip(names, found, leaves, strict=True)}
+
+
+def _observed(
+    run: Callable[..., Tensor], inputs: Inputs, weights: Weights, grad: Tensor | None, sample: Sample
+) -> tuple[dict[str, Tensor], set[str]]:
     """`_evaluate`, and the names of the torch operators that it dispatched."""
     with profile(activities=[ProfilerActivity.CPU]) as p:
-        result = _evaluate(run, inputs, grad, sample)
+        result = _evaluate(run, inputs, weights, grad, sample)
     return result, {e.key for e in p.key_averages()}
 
 
@@ -159,22 +181,20 @@ def _operator(implementation: Implementation, seen: set[str], inputs: Inputs, pa
 
 
 def _definition(
-    method: Method, params: Params, inputs: Inputs, grad: Tensor | None, sample: Sample, *, dtype: torch.dtype
+    method: Method, params: Params, inputs: Inputs, weights: Weights, sample: Sample, *, grad: Tensor | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The reference in `dtype` on the sampled heads alone, in the form of `_evaluate`."""
     q, k, v = inputs
     part = slice(sample.batch, sample.batch + 1)
-    pieces = (q[part, sample.heads], k[part, sample.kv_heads], v[part, sample.kv_heads])
+    pieces = (q[part, sample.heads], k[part, sample.kv_heads], v[part, sample.kv_heads], *weights.values())
     leaves = [x.detach().to(dtype).requires_grad_(grad is not None) for x in pieces]
-    where = torch.searchsorted(sample.kv_heads, sample.heads * k.shape[1] // q.shape[1])
     extra: dict[str, Any] = {"rows": sample.rows} if method.takes_rows else {}
+    if weights:
+        extra["weights"] = dict(zip(weights, leaves[3:], strict=True))
+    keys = slice(None) if len(sample.heads) == q.shape[1] else torch.searchsorted(sample.kv_heads, sample.heads * k.shape[1] // q.shape[1])
     with torch.set_grad_enabled(grad is not None):
-        out = method.reference(leaves[0], leaves[1][:, where], leaves[2][:, where], params, **extra)
-    result = {"out": out.detach()}
-    if grad is not None:
-        grads = torch.autograd.grad(out, leaves, sample.output(grad).to(dtype), allow_unused=True)
-        result |= {name: torch.zeros_like(x) if g is None else g for name, g, x in zip(("dq", "dk", "dv"), grads, leaves, strict=True)}
-    return result
+        out = method.reference(leaves[0], leaves[1][:, keys], leaves[2][:, keys], params, **extra)
+    return {"out": out.detach()} | ({} if grad is None else _gradients(out, leaves, weights, sample.output(grad).to(dtype)))
 
 
 def _malformed(got: dict[str, Tensor], want: dict[str, Tensor], q: Tensor) -> str:

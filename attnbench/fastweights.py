@@ -47,11 +47,19 @@ class Bank:
     scale: float = 1.0
     """factor of the first layer's output"""
     activation: Activation = "softmax"
-    """`linear`: hidden units enter as they are, normalised by their sum"""
-    query_map: Callable[[Tensor], Tensor] | None = None
-    """feature map applied to q before the first layer"""
+    """`linear`: hidden units enter as they are; how they are normalised, `combine` says"""
+    query_map: Callable[[Tensor, Tensor], Tensor] | None = None
+    """`(q [B, H, R, D], rows [R]) -> [B, H, R, D']`: feature map of the queries before the first layer"""
+    bias: Tensor | None = None
+    """`[B or 1, H or 1, N, E W]` added to the first layer's output, for banks that all queries share"""
+    factor: Callable[[Tensor, Tensor], Tensor] | None = None
+    """`(q [B, H, R, D], first-layer weights [B, H, R or 1, U, D]) -> [B, H, R, U]`, times the normalised hidden units: a gated layer"""
     causal: bool = False
-    """a query uses only hidden units whose token is at or before its own position (needs `index`)"""
+    """a query uses only hidden units whose token is at or before its own position (needs `index` or `last`)"""
+    last: Tensor | None = None
+    """`[B, H, E, W]` the latest token in each compressed unit, for `causal`"""
+    sampled: bool = False
+    """compressed rows are values read between neighbouring tokens: gathered, not folded"""
 
     @property
     def experts(self) -> int:
@@ -92,6 +100,12 @@ class Bank:
             tokens = _gather(self.index, used.clamp(min=0))
         return tokens.masked_fill((used < 0).unsqueeze(-1), -1).flatten(3, 4)
 
+    def latest(self, rows: Tensor) -> Tensor:
+        """The latest token `[B, H, R or 1, U]` in each hidden unit those queries use."""
+        if self.index is not None:
+            return self.tokens(rows)
+        return _gather(_given(self.last), self.used(rows).clamp(min=0)).flatten(3, 4)
+
     def units(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden units that the queries at `rows` use: weights `[B, H, R or 1, U, D]`, `[.., Dv]`, and their `tokens`."""
         tokens = self.tokens(rows)
@@ -120,13 +134,15 @@ class FastWeights:
     """Banks and how the hidden units of all chosen experts meet."""
 
     banks: tuple[Bank, ...]
-    combine: Literal["joint", "gated", "linear"] = "joint"
-    """`joint`: one softmax over all hidden units. `gated`: each bank normalised alone, then summed with `gates`.
-    `linear`: hidden units divided by their sum plus `eps`."""
+    combine: Literal["joint", "gated", "linear", "sum"] = "joint"
+    """`joint`: one softmax over all hidden units. `linear`: hidden units divided by their sum plus `eps`. `sum`: hidden units as they
+    are. `gated`: each bank normalised alone, by its own activation's rule, then summed with `gates`."""
     gates: tuple[Tensor, ...] = ()
-    """one `[B, H, N]` factor a bank, for `gated`"""
+    """one `[B, H, N]` factor a bank, for `gated`; none means 1"""
     eps: float = 0.0
-    """added to the sum that `linear` divides by"""
+    """added to the sum that linear hidden units are divided by"""
+    least: float = 0.0
+    """the sum that linear hidden units are divided by is at least this, where above 0"""
 
 
 def apply(weights: FastWeights, q: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -138,25 +154,39 @@ def apply(weights: FastWeights, q: Tensor, rows: Tensor | None = None) -> Tensor
 
 
 def _apply_rows(weights: FastWeights, q: Tensor, rows: Tensor) -> Tensor:
-    parts = [_hidden(bank, take(q, rows), rows) for bank in weights.banks]
+    q = take(q, rows)
+    units = [bank.units(rows) for bank in weights.banks]
+    hidden = [_hidden(bank, q, rows, w1, tokens) for bank, (w1, _, tokens) in zip(weights.banks, units, strict=True)]
     if weights.combine == "gated":
-        outputs = [gate[:, :, rows, None] * _mix(_normalised(h), w2) for gate, (h, w2) in zip(weights.gates, parts, strict=True)]
-        return torch.stack(outputs).sum(0)
-    hidden = torch.cat([h for h, _ in parts], -1)
-    hidden = _normalised(hidden) if weights.combine == "joint" else hidden / (hidden.sum(-1, keepdim=True) + weights.eps)
-    shares = hidden.split([h.shape[-1] for h, _ in parts], -1)
-    return torch.stack([_mix(share, w2) for share, (_, w2) in zip(shares, parts, strict=True)]).sum(0)
+        hidden = [
+            _normalised(h) if bank.activation == "softmax" else _divided(h, weights) for bank, h in zip(weights.banks, hidden, strict=True)
+        ]
+        if weights.gates:
+            hidden = [gate[:, :, rows, None] * h for gate, h in zip(weights.gates, hidden, strict=True)]
+    else:
+        together = torch.cat(hidden, -1)
+        if weights.combine != "sum":
+            together = _normalised(together) if weights.combine == "joint" else _divided(together, weights)
+        hidden = list(together.split([h.shape[-1] for h in hidden], -1))
+    hidden = [bank.factor(q, w1) * h if bank.factor else h for bank, h, (w1, _, _) in zip(weights.banks, hidden, units, strict=True)]
+    return torch.stack([_mix(h, w2) for h, (_, w2, _) in zip(hidden, units, strict=True)]).sum(0)
 
 
-def _hidden(bank: Bank, q: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """First-layer output `[B, H, R, U]` and second-layer weights `[B, H, R or 1, U, Dv]`."""
-    w1, w2, tokens = bank.units(rows)
-    x = bank.query_map(q) if bank.query_map else q
+def _hidden(bank: Bank, q: Tensor, rows: Tensor, w1: Tensor, tokens: Tensor) -> Tensor:
+    """First-layer output `[B, H, R, U]`."""
+    x = bank.query_map(q, rows) if bank.query_map else q
     hidden = bank.scale * torch.einsum("bhrd,bhrud->bhru", wide(x), wide(w1.expand(*x.shape[:3], *w1.shape[3:])))
+    if bank.bias is not None:
+        hidden = hidden + bank.bias[:, :, rows]
     absent = tokens == -1
     if bank.causal:
-        absent = absent | (tokens > rows[:, None])
-    return hidden.masked_fill(absent, float("-inf") if bank.activation == "softmax" else 0.0), w2
+        absent = absent | (bank.latest(rows) > rows[:, None])
+    return hidden.masked_fill(absent, float("-inf") if bank.activation == "softmax" else 0.0)
+
+
+def _divided(hidden: Tensor, weights: FastWeights) -> Tensor:
+    total = hidden.sum(-1, keepdim=True) + weights.eps
+    return hidden / (total.clamp(min=weights.least) if weights.least else total)
 
 
 def _normalised(hidden: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 Tensors are `q: [B, H, N, D]`, `k: [B, Hkv, M, D]`, `v: [B, Hkv, M, Dv]`, as in torch's scaled_dot_product_attention; `Hkv`
 divides `H`. A method is a definition (`reference`, eager, readable, any float dtype), a fast-weight reading (`experts`), a cost
-model, limits, and any number of implementations that are imported only when they are run.
+model, limits, and any number of implementations that are imported only when they are run. Where a method has learned parameters
+(`weights`), all of these take them as the keyword `weights`, a mapping from name to tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import importlib
 import importlib.util
 import inspect
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from attnbench.cost import Cost
 from attnbench.errors import UserError, unknown
+from attnbench.learned import LearnedAttention, Weights, given, initial
 from attnbench.params import Params, Shape, param
 
 if TYPE_CHECKING:
@@ -27,7 +29,21 @@ if TYPE_CHECKING:
     from attnbench.fastweights import FastWeights
     from attnbench.taxonomy import Coordinates, Family
 
-__all__ = ["EAGER", "AttentionModule", "Citation", "Cost", "Implementation", "Limits", "Method", "Params", "Shape", "param", "resolve"]
+__all__ = [
+    "EAGER",
+    "AttentionModule",
+    "Citation",
+    "Cost",
+    "Implementation",
+    "Limits",
+    "Method",
+    "Params",
+    "Shape",
+    "Weights",
+    "given",
+    "param",
+    "resolve",
+]
 
 EAGER = "eager"
 """Name of the implementation that every method has: its own reference."""
@@ -92,7 +108,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to run a method: `target` names a function `(q, k, v, params) -> Tensor`, imported when first run."""
+    """One way to run a method: `target` names a function `(q, k, v, params) -> Tensor`, imported when first run.
+
+    Of a method with learned parameters it is `(q, k, v, params, weights=...)`.
+    """
 
     name: str
     target: str
@@ -161,7 +180,8 @@ class Method:
     params: type[Params]
     reference: Callable[..., Tensor]
     """`(q, k, v, params, rows=None) -> [B, H, N, Dv]`: the definition. `rows` (1-D positions) asks for those queries alone;
-    a reference without that argument can be gated only at lengths where the whole of it fits."""
+    a reference without that argument can be gated only at lengths where the whole of it fits, which excludes a method whose weights or
+    grid depend on N. With learned parameters it takes `weights=None` too, and `given` fills them in."""
     cost: Callable[[Shape, Any], Cost]
     experts: Callable[[Tensor, Tensor, Tensor, Any], FastWeights] | None = None
     """`(q, k, v, params) -> FastWeights`, where the method can be written so"""
@@ -171,8 +191,11 @@ class Method:
     """limits of the definition itself"""
     implementations: tuple[Implementation, ...] = ()
     """best first"""
+    weights: Callable[[Shape, Any, torch.Generator], Weights] | None = None
+    """`(shape, params, generator) -> {name: tensor}`: learned parameters as the paper initialises them, float64 on the CPU,
+    independent of the batch size; None where there are none"""
     builder: Callable[..., nn.Module] | None = None
-    """`(shape, params) -> nn.Module` with forward `(q, k, v)`, where the method has learned parameters"""
+    """`(shape, params) -> nn.Module` with forward `(q, k, v)`, where that module is more than the operator and its `weights`"""
     exact: bool = False
     """whether it computes softmax attention itself"""
     selective: bool = False
@@ -249,9 +272,24 @@ class Method:
             why += [f"{self.name}@{option.name}: {reason}" for reason in found]
         return None, why
 
-    def run(self, implementation: Implementation, q: Tensor, k: Tensor, v: Tensor, params: Params) -> Tensor:
-        """Call an implementation with `[B, H, N, D]` tensors, converting layouts on the way."""
-        function = self.function(implementation)
+    def initial(self, shape: Shape, params: Params, like: Tensor, seed: int = 0) -> Weights:
+        """Learned parameters as initialised, in the dtype and on the device of `like`; empty where there are none."""
+        return initial(self.weights, shape, params, like, seed) if self.weights else {}
+
+    def run(
+        self,
+        implementation: Implementation,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        params: Params,
+        *,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """Call an implementation with `[B, H, N, D]` tensors, converting layouts on the way; without `weights`, with initial ones."""
+        function: Callable[..., Tensor] = self.function(implementation)
+        if self.weights:
+            function = partial(function, weights=given(weights, self.weights, (q, k, v), params))
         if implementation.layout == "bhnd":
             return function(q, k, v, params)
         return function(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), params).transpose(1, 2)
@@ -260,24 +298,26 @@ class Method:
         """Parameters of this method from named values. Raises `UserError`."""
         return self.params.parse(values, self.name)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **params: object) -> Tensor:
-        """Run the method on `[B, H, N, D]` tensors.
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, weights: Mapping[str, Tensor] | None = None, **params: object) -> Tensor:
+        """Run the method on `[B, H, N, D]` tensors; learned parameters not given are as initialised.
 
         Raises `UserError` for parameters or shapes that make no sense or that nothing here supports.
         """
         shape, p = Shape.of(q, k, v), self.parse(params)
         if problems := p.problems(shape):
             raise UserError(f"{self.name}: {'; '.join(problems)}")
-        backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+        backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(weights or {}).values()))
         chosen, why = self.choose(shape, q.dtype, q.device.type, p, backward=backward)
         if chosen is None:
             raise UserError("; ".join(why))
-        return self.run(chosen, q, k, v, p)
+        return self.run(chosen, q, k, v, p, weights=weights)
 
     def build(self, shape: Shape, **params: object) -> nn.Module:
         """A module with forward `(q, k, v) -> [B, H, N, Dv]` that owns the method's learned parameters, if it has any."""
         p = self.parse(params)
-        return self.builder(shape, p) if self.builder else AttentionModule(self, p)
+        if self.builder:
+            return self.builder(shape, p)
+        return LearnedAttention(self, shape, p) if self.weights else AttentionModule(self, p)
 
 
 class AttentionModule(nn.Module):

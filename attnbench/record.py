@@ -114,6 +114,8 @@ class Record:
     """work of the whole call by the method's cost model"""
     bytes: int | None = None
     """compulsory memory traffic by the method's cost model"""
+    learned: int = 0
+    """learned parameters of the operator, run as initialised"""
     timing: Timing | None = None
     memory: Memory | None = None
     gate: Gate | None = None

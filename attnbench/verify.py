@@ -137,7 +137,9 @@ def _selects(bank: Bank) -> bool:
 
 
 def _gathers(bank: Bank, n: int) -> bool:
-    """Whether a shared, token-aligned bank leaves tokens out."""
+    """Whether a shared bank reads tokens, or between them, and leaves tokens out."""
+    if bank.sampled:
+        return not _selects(bank)
     return bank.index is not None and not _selects(bank) and bool((_distinct(bank) < n).any())
 
 
@@ -218,10 +220,21 @@ def _topology(bank: Bank, n: int, counted: set[StrEnum]) -> Topology:
 
 
 def _together(bank: Bank, n: int) -> bool:
-    """Whether the queries of a run of N / E choose the same experts."""
+    """Whether queries whose tokens share an expert, or else the queries of a run of N / E, choose the same experts."""
     assert bank.routes is not None
-    runs = bank.routes.sort(-1).values.split(-(-n // bank.experts), 2)
-    return all(bool((run == run[:, :, :1]).all()) for run in runs)
+    chosen, owner = bank.routes.sort(-1).values, _owners(bank, n)
+    return all(bool((chosen[:, :, owner == e] == chosen[:, :, owner == e][:, :, :1]).all()) for e in owner.unique())
+
+
+def _owners(bank: Bank, n: int) -> Tensor:
+    """The expert `[N]` that holds each token, where experts cut the tokens up, the same for all heads; else runs of N / E."""
+    place = torch.arange(n)
+    if bank.index is not None and bool((bank.index == bank.index[:1, :1]).all()):
+        experts, units = torch.where(bank.index[0, 0] >= 0)
+        tokens = bank.index[0, 0][experts, units]
+        if torch.equal(tokens.sort().values, place):
+            return experts[tokens.argsort()]
+    return place // -(-n // bank.experts)
 
 
 def _segmented(bank: Bank, n: int) -> bool:
@@ -230,7 +243,7 @@ def _segmented(bank: Bank, n: int) -> bool:
 
 
 def _folded(bank: Bank) -> bool:
-    return bank.compressed or bank.activation == "linear"
+    return (bank.compressed and not bank.sampled) or bank.activation == "linear"
 
 
 def construction(seen: Sequence[Observation]) -> Measured:
@@ -249,6 +262,8 @@ def _construction(one: Observation, i: int, moved: Sequence[Bank]) -> Found:
     bank = one.weights.banks[i]
     if bank.activation == "linear":
         return (Construction.LOCAL_KERNELIZATION if _selects(bank) else Construction.KERNELIZATION,)
+    if bank.sampled:
+        return (Construction.OFFSET_PREDICTING,)
     if bank.compressed:
         return (_mixing(bank, moved),)
     assert bank.index is not None

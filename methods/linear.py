@@ -52,12 +52,16 @@ def experts(q: Tensor, k: Tensor, v: Tensor, params: LinearParams) -> FastWeight
     key, value = expand_heads(q, feature(k), wide(v))
     if params.causal:
         index = torch.arange(k.shape[2], device=k.device).expand(*q.shape[:2], 1, -1)
-        bank = Bank(key, value, index, activation="linear", query_map=feature, causal=True)
+        bank = Bank(key, value, index, activation="linear", query_map=_queries, causal=True)
     else:
         total = key.sum(2).clamp(min=torch.finfo(key.dtype).tiny)
         state = key.transpose(-1, -2) @ value / total.unsqueeze(-1)
-        bank = Bank(w1=torch.diag_embed(total).unsqueeze(2), w2=state.unsqueeze(2), activation="linear", query_map=feature)
+        bank = Bank(w1=torch.diag_embed(total).unsqueeze(2), w2=state.unsqueeze(2), activation="linear", query_map=_queries)
     return FastWeights((bank,), combine="linear", eps=EPS)
+
+
+def _queries(q: Tensor, _rows: Tensor) -> Tensor:
+    return feature(q)
 
 
 def cost(shape: Shape, params: LinearParams) -> Cost:  # noqa: ARG001

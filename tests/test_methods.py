@@ -35,6 +35,17 @@ def settled(method: Method, shape: Shape, causal: bool) -> Params:
     return params
 
 
+def stirred(method: Method, shape: Shape, params: Params, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """Learned parameters moved off their initial values, where zeros and symmetries would hide mistakes."""
+    g = torch.Generator().manual_seed(7)
+    drawn = method.initial(shape, params, torch.empty(0, dtype=torch.float64))
+    return {name: (x + 0.1 * torch.randn(x.shape, generator=g, dtype=x.dtype)).to(dtype) for name, x in drawn.items()}
+
+
+def options(weights: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    return {"weights": weights} if weights else {}
+
+
 def doubles(shape: Shape, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return draw("randn", shape, seed, torch.float64, "cpu")
 
@@ -74,9 +85,10 @@ def test_fast_weights_equal_the_reference(method: Method, shape: Shape, causal: 
         pytest.skip(method.no_experts)
     params = settled(method, shape, causal)
     q, k, v = doubles(shape)
-    want = method.reference(q, k, v, params)
-    got = fastweights.apply(method.experts(q, k, v, params), q)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+    for own in ({}, options(stirred(method, shape, params))):
+        want = method.reference(q, k, v, params, **own)
+        got = fastweights.apply(method.experts(q, k, v, params, **own), q)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.parametrize("causal", CAUSAL)
@@ -103,9 +115,13 @@ def test_heads_are_coupled_only_where_declared(method: Method) -> None:
     shape = Shape(1, 3, 40, 8)
     params = settled(method, shape, False)
     q, k, v = doubles(shape)
-    whole = method.reference(q, k, v, params)
-    alone = method.reference(q[:, 1:2], k[:, 1:2], v[:, 1:2], params)
-    assert torch.allclose(alone, whole[:, 1:2], rtol=1e-9, atol=1e-11) != method.couples_heads
+    own = options(stirred(method, shape, params))
+    before = method.reference(q, k, v, params, **own)
+    for x in (q, k, v):
+        x[:, 1] += torch.randn(x[:, 1].shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
+    after = method.reference(q, k, v, params, **own)
+    assert torch.allclose(after[:, [0, 2]], before[:, [0, 2]], rtol=1e-9, atol=1e-11) != method.couples_heads
+    assert not torch.allclose(after[:, 1], before[:, 1])
 
 
 def test_causal_form_ignores_the_future(method: Method) -> None:
@@ -123,8 +139,13 @@ def test_causal_form_ignores_the_future(method: Method) -> None:
 def test_gradients_of_the_reference(method: Method) -> None:
     shape = Shape(1, 1, 7, 4)
     params = settled(method, shape, False)
-    leaves = [x.requires_grad_() for x in doubles(shape, seed=3)]
-    assert torch.autograd.gradcheck(lambda *x: method.reference(*x, params), leaves, eps=1e-7, atol=1e-5)
+    weights = stirred(method, shape, params)
+    leaves = [x.requires_grad_() for x in (*doubles(shape, seed=3), *weights.values())]
+
+    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
+        return method.reference(q, k, v, params, **options(dict(zip(weights, own, strict=True))))
+
+    assert torch.autograd.gradcheck(run, leaves, eps=1e-7, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [Shape(1, 2, 48, 8), Shape(1, 4, 129, 16, kv_heads=2)], ids=ids)
@@ -151,9 +172,12 @@ def test_implementations_agree_with_gradients(name: str, shape: Shape, causal: b
             break
     else:
         pytest.skip("; ".join(reasons))
-    leaves = [x.to(dtype).requires_grad_() for x in doubles(shape)]
+    weights = stirred(method, shape, params, dtype)
+    leaves = [x.to(dtype).requires_grad_() for x in (*doubles(shape), *weights.values())]
     exact = [x.detach().double().requires_grad_() for x in leaves]
-    got, want = method.run(implementation, *leaves, params), method.reference(*exact, params)
+    own, exactly = (dict(zip(weights, x[3:], strict=True)) for x in (leaves, exact))
+    got = method.run(implementation, *leaves[:3], params, weights=own or None)
+    want = method.reference(*exact[:3], params, **options(exactly))
     gradient = torch.randn(want.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
     tolerance = 1e-9 if dtype is torch.float64 else 2e-4
     torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=tolerance)
@@ -175,6 +199,26 @@ def test_costs_are_whole_positive_and_grow(method: Method, mode: str) -> None:
     assert all(isinstance(f, int) and f >= 0 for f in small.flops.values())
     assert 0 < small.total(mode) < large.total(mode)
     assert 0 < small.bytes(2, mode) < large.bytes(2, mode)
+
+
+def test_modules_own_the_learned_parameters(method: Method) -> None:
+    shape = Shape(2, 2, 64, 8)
+    params = settled(method, shape, False)
+    q, k, v = (x.float() for x in doubles(shape))
+    torch.manual_seed(0)
+    module = method.build(shape, **params.as_dict())
+    if method.weights is None or method.builder is not None:
+        if not method.library:
+            assert module(q, k, v).shape == q.shape
+        return
+    drawn = method.initial(shape, params, q)
+    assert {name: x.shape for name, x in module.weights.items()} == {name: x.shape for name, x in drawn.items()}
+    module(q, k, v).square().sum().backward()
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in module.weights.values())
+    torch.manual_seed(1)
+    again = method.build(shape, **params.as_dict())
+    again.load_state_dict(module.state_dict())
+    torch.testing.assert_close(again(q, k, v), module(q, k, v))
 
 
 def test_calls_reject_what_makes_no_sense(method: Method) -> None:

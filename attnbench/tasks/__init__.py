@@ -9,19 +9,14 @@ from attnbench.tasks import fidelity
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from torch import Tensor
 
-    from attnbench.inputs import Inputs
-    from attnbench.method import Method, Params
-
-
-def speed(*_: object) -> dict[str, float]:
+def speed(*_: object, **__: object) -> dict[str, float]:
     """Time and memory are all that is asked."""
     return {}
 
 
-TASKS: dict[str, Callable[[Method, Params, Inputs, Callable[[], Tensor], str], dict[str, float]]] = {
+TASKS: dict[str, Callable[..., dict[str, float]]] = {
     "speed": speed,
     "fidelity": fidelity.measure,
 }
-"""Task -> `(method, params, inputs, forward, layout) -> metrics`."""
+"""Task -> `(method, params, inputs, weights, *, forward, layout) -> metrics`; `forward` runs the implementation in its own layout."""

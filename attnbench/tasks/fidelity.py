@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnbench.inputs import Inputs
-    from attnbench.method import Method, Params
+    from attnbench.method import Method, Params, Weights
 
 _ROWS = 512
 
 
-def measure(method: Method, params: Params, inputs: Inputs, forward: Callable[[], Tensor], layout: str) -> dict[str, float]:
+def measure(
+    method: Method, params: Params, inputs: Inputs, weights: Weights, *, forward: Callable[[], Tensor], layout: str
+) -> dict[str, float]:
     """Metrics at up to 512 queries of every head.
 
     - `rel_error`: Frobenius norm of the difference over that of softmax attention.
@@ -39,8 +41,8 @@ def measure(method: Method, params: Params, inputs: Inputs, forward: Callable[[]
             "cosine": float(torch.nn.functional.cosine_similarity(got, want, dim=-1).mean()),
         }
         if method.experts is not None:
-            expanded = (q, *expand_heads(q, k, v))
-            read = recall(method.experts(*expanded, params), q, expanded[1], rows, causal=params.causal)
+            own = {"weights": weights} if weights else {}
+            read = recall(method.experts(q, k, v, params, **own), q, expand_heads(q, k, v)[0], rows, causal=params.causal)
             if read is not None:
                 result |= {"mass_recalled": float(read[0].mean()), "top1_agreement": float(read[1].double().mean())}
     return result
