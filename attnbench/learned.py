@@ -56,4 +56,4 @@ class LearnedAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q, k, v: [B, H, N, D]` -> `[B, H, N, Dv]`; weights are cast to the dtype of q."""
-        return self.method(q, k, v, weights={name: x.to(q.dtype) for name, x in self.weights.items()}, **self.params.as_dict())
+        return self.method.dispatch(q, k, v, self.params, {name: x.to(q.dtype) for name, x in self.weights.items()})

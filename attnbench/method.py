@@ -11,8 +11,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import index
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -147,7 +149,9 @@ class Implementation:
 def resolve(target: str) -> Any:
     """The object that `package.module:name` names. Raises `ImportError`."""
     module, _, name = target.partition(":")
-    return getattr(importlib.import_module(module), name)
+    if module not in sys.modules:  # `torch.compile` traces what follows, and no import
+        importlib.import_module(module)
+    return getattr(sys.modules[module], name)
 
 
 @dataclass(frozen=True)
@@ -303,14 +307,14 @@ class Method:
 
         Raises `UserError` for parameters or shapes that make no sense or that nothing here supports.
         """
-        shape, p = Shape.of(q, k, v), self.parse(params)
-        if problems := p.problems(shape):
-            raise UserError(f"{self.name}: {'; '.join(problems)}")
+        return self.dispatch(q, k, v, self.parse(params), weights)
+
+    def dispatch(self, q: Tensor, k: Tensor, v: Tensor, params: Params, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Run the method with parsed parameters. `torch.compile` traces it: the implementation is chosen while it traces."""
         backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(weights or {}).values()))
-        chosen, why = self.choose(shape, q.dtype, q.device.type, p, backward=backward)
-        if chosen is None:
-            raise UserError("; ".join(why))
-        return self.run(chosen, q, k, v, p, weights=weights)
+        sizes = [[index(n) for n in x.shape] for x in (q, k, v)]
+        chosen = _choice(self, params.as_dict(), sizes, q.dtype, q.device.type, backward=backward)
+        return self.run(self.implementation(chosen), q, k, v, params, weights=weights)
 
     def build(self, shape: Shape, **params: object) -> nn.Module:
         """A module with forward `(q, k, v) -> [B, H, N, Dv]` that owns the method's learned parameters, if it has any."""
@@ -318,6 +322,18 @@ class Method:
         if self.builder:
             return self.builder(shape, p)
         return LearnedAttention(self, shape, p) if self.weights else AttentionModule(self, p)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _choice(method: Method, values: dict[str, Any], sizes: list[list[int]], dtype: torch.dtype, device: str, *, backward: bool) -> str:
+    """Name of the implementation that runs q, k and v of these sizes. Raises `UserError`."""
+    params, shape = method.params(**values), Shape.of(*(torch.empty(size, device="meta") for size in sizes))
+    if problems := params.problems(shape):
+        raise UserError(f"{method.name}: {'; '.join(problems)}")
+    chosen, why = method.choose(shape, dtype, device, params, backward=backward)
+    if chosen is None:
+        raise UserError("; ".join(why))
+    return chosen.name
 
 
 class AttentionModule(nn.Module):
@@ -329,4 +345,4 @@ class AttentionModule(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q, k, v: [B, H, N, D]` -> `[B, H, N, Dv]`."""
-        return self.method(q, k, v, **self.params.as_dict())
+        return self.method.dispatch(q, k, v, self.params)

@@ -73,7 +73,13 @@ class Registry:
         method = self.found[base]
         if pinned:
             method.implementation(pinned)
-        return replace(method, pinned=pinned)
+        return _pin(method, pinned) if pinned else method
+
+
+@cache
+def _pin(method: Method, implementation: str) -> Method:
+    """One object for one label, so that compiled layers of the same method share a graph."""
+    return replace(method, pinned=implementation)
 
 
 @cache

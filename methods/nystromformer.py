@@ -141,7 +141,7 @@ class NystromAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q, k, v: [B, H, N, D]` -> `[B, H, N, Dv]`."""
-        out = METHOD(q, k, v, **self.params.as_dict())
+        out = METHOD.dispatch(q, k, v, self.params)
         return out if self.conv is None else out + self.conv(expand_heads(q, k, v)[1])
 
 
