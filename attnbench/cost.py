@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from attnbench.stages import GRADIENT
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from attnbench.params import Shape
+
+
+class Work(NamedTuple):
+    """What one stage must do."""
+
+    flops: int
+    bytes: int
+    """memory traffic; 0 where the model does not tell stages apart"""
 
 
 @dataclass(frozen=True)
@@ -28,6 +38,10 @@ class Cost:
     """whether the backward pass computes the scores again (2.5 times the forward work, else 2)"""
     selection: tuple[str, ...] = ()
     """stages that only choose keys or experts: no gradient passes them, so the backward pass leaves them out"""
+    traffic: Mapping[str, int] = field(default_factory=dict)
+    """stage -> elements of the input dtype that it reads and writes where it is a pass of its own, gathers with multiplicity"""
+    index_traffic: Mapping[str, int] = field(default_factory=dict)
+    """stage -> bytes of indices that it reads and writes likewise"""
 
     @classmethod
     def of(
@@ -39,11 +53,13 @@ class Cost:
         index_bytes: int = 0,
         recomputes: bool = True,
         selection: tuple[str, ...] = (),
+        traffic: Mapping[str, int] | None = None,
+        index_traffic: Mapping[str, int] | None = None,
     ) -> Self:
         """A cost whose traffic is q, k, v and the output once, plus `extra` elements."""
         s = shape
         io = s.batch * (s.heads * s.n * (s.dim + s.dim_v) + s.kv_heads * s.keys * (s.dim + s.dim_v))
-        return cls(dict(flops), io + extra, index_bytes, recomputes, selection)
+        return cls(dict(flops), io + extra, index_bytes, recomputes, selection, dict(traffic or {}), dict(index_traffic or {}))
 
     def total(self, mode: str = "forward") -> int:
         """FLOP of `forward` or `forward+backward`."""
@@ -57,3 +73,16 @@ class Cost:
         """Compulsory memory traffic; the backward pass reads and writes each tensor and its gradient once."""
         forward = self.elements * element_size + self.index_bytes
         return forward if mode == "forward" else 3 * forward
+
+    def by_stage(self, element_size: int, mode: str = "forward") -> dict[str, Work]:
+        """Work of each stage; with a backward pass also of each `X gradient`: the stage's traffic twice, since gradients cross too.
+
+        The FLOP add up to `total`, but for rounding. The traffic of separate passes is more than the compulsory `bytes`.
+        """
+        names = dict.fromkeys((*self.flops, *self.traffic, *self.index_traffic))
+        moved = {s: self.traffic.get(s, 0) * element_size + self.index_traffic.get(s, 0) for s in names}
+        found = {s: Work(self.flops.get(s, 0), moved[s]) for s in names}
+        if mode != "forward":
+            halves = 5 if self.recomputes else 4
+            found |= {s + GRADIENT: Work(halves * w.flops // 2, 2 * w.bytes) for s, w in found.items() if s not in self.selection}
+        return found

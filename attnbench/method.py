@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import index
 from typing import TYPE_CHECKING, Any, Literal
@@ -128,6 +128,8 @@ class Implementation:
     layout: Literal["bhnd", "bnhd"] = "bhnd"
     """`bnhd`: the function takes and returns `[B, N, H, D]`; inputs are converted before any clock starts"""
     note: str = ""
+    stages: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
+    """stage of `attnbench.stages` -> parts of the names of the kernels that do it; where several match, the longest counts"""
 
     def load(self) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
         """Import the function. Raises `ImportError`."""

@@ -72,6 +72,30 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Breakdown:
+    """Where the time of a call goes, from calls under a profiler after the clocks were done; medians over these calls."""
+
+    stages_s: Mapping[str, float]
+    """stage -> seconds a call"""
+    total_s: float
+    """their sum; what the timed call takes beyond it is the host's: launches, and waiting for them"""
+    launches: int
+    """kernels, copies and fills of a call on a GPU; operators on a CPU, those that others call included"""
+    kernels: int
+    """how many different ones"""
+    synchronisations: int | None
+    """times that the host waits for the GPU in a call; None on a CPU"""
+    calls: int
+    """calls taken apart"""
+    source: str
+    """whose time it is"""
+    flops: Mapping[str, int] = field(default_factory=dict)
+    """stage -> work by the method's cost model, brought to the stages that were measured"""
+    bytes: Mapping[str, int] = field(default_factory=dict)
+    """stage -> traffic likewise, were the stage a pass of its own; 0 where the model does not tell stages apart"""
+
+
+@dataclass(frozen=True)
 class Gate:
     """The check against the float64 definition, before any timing."""
 
@@ -118,6 +142,8 @@ class Record:
     """learned parameters of the operator, run as initialised"""
     timing: Timing | None = None
     memory: Memory | None = None
+    breakdown: Breakdown | None = None
+    """where it was asked for"""
     gate: Gate | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     """results of the task other than time and memory"""
@@ -127,7 +153,7 @@ class Record:
     """time allowed, for `timeout`"""
 
     def __post_init__(self) -> None:
-        if (self.timing or self.memory or self.metrics) and self.status is not Status.OK:
+        if (self.timing or self.memory or self.metrics or self.breakdown) and self.status is not Status.OK:
             raise ValueError(f"a record with status {self.status} may not hold measurements")
 
     def to_json(self) -> str:
@@ -145,7 +171,7 @@ class Record:
             raise UserError(
                 f"record has schema {data.get('schema')}, this version reads {SCHEMA}: use the version that wrote it, or start a new folder"
             )
-        parts = {"timing": Timing, "memory": Memory, "gate": Gate}
+        parts = {"timing": Timing, "memory": Memory, "gate": Gate, "breakdown": Breakdown}
         values = {f.name: _restored(data[f.name]) for f in fields(cls) if f.name in data}
         for name, kind in parts.items():
             if values.get(name) is not None:

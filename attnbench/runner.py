@@ -64,7 +64,8 @@ def sweep(
     """Run every case of `suite` and store a record of each under `results/<suite>/<device>/`.
 
     With `resume`, cells that earlier runs settled on this very environment are left alone (`retry`: only those that were measured or
-    unsupported). Raises `UserError` before anything runs where the suite or the folder is at fault; a failing cell is a record.
+    unsupported), but where the protocol asks for a breakdown, those measured without one are measured again. Raises `UserError` before
+    anything runs where the suite or the folder is at fault; a failing cell is a record.
     """
     cases = suite.expand()
     worker = Worker(cell.setup, (device, suite.protocol, tuple(plugins)))
@@ -98,6 +99,8 @@ class _Sweep:
         settled = store.done(self.target.records(), self.env_id, self.suite.protocol.timeout_s) if resume else {}
         if retry:
             settled = {key: r for key, r in settled.items() if r.status not in _TOO_LARGE}
+        if self.suite.protocol.breakdown:
+            settled = {key: r for key, r in settled.items() if r.breakdown or r.status is not Status.OK}
         for index, case in enumerate(cases):
             if case.case_id in settled:
                 summary.resumed += 1

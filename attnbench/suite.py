@@ -118,6 +118,8 @@ class Protocol:
     """queries at which an output is held against the float64 definition"""
     aa: bool = True
     """measure one method of each point a second time, for the noise floor"""
+    breakdown: bool = False
+    """after the clocks, take some calls apart by stage under a profiler"""
 
     def __post_init__(self) -> None:
         for name in ("half_width", "budget_s", "max_samples", "timeout_s", "gate_rows"):

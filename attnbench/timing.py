@@ -43,7 +43,7 @@ class CpuClock(Clock):
 
     def __init__(self, call: Call, *, cold: bool) -> None:
         self.call = call
-        self.flush = torch.empty(2 * _last_level_cache(), dtype=torch.int8) if cold else None
+        self.flush = flusher("cpu") if cold else None
 
     def sample(self, count: int) -> list[float]:
         """Seconds of each call."""
@@ -64,7 +64,7 @@ class CudaClock(Clock):
 
     def __init__(self, call: Call, *, cold: bool) -> None:
         self.call = call
-        self.flush = cache_flusher() if cold else None
+        self.flush = flusher("cuda") if cold else None
 
     def sample(self, count: int) -> list[float]:
         """Seconds of each call."""
@@ -105,9 +105,10 @@ class GraphClock(Clock):
         return [s / self.calls_per_sample for s in self.inner.sample(count)]
 
 
-def cache_flusher() -> torch.Tensor:
-    """A buffer of twice the GPU's second-level cache; writing it evicts everything else."""
-    return torch.empty(2 * torch.cuda.get_device_properties(0).L2_cache_size, dtype=torch.int8, device="cuda")
+def flusher(device: str) -> torch.Tensor:
+    """A buffer of twice the GPU's second-level cache, or the CPU's last level; writing it evicts everything else."""
+    size = torch.cuda.get_device_properties(0).L2_cache_size if device == "cuda" else _last_level_cache()
+    return torch.empty(2 * size, dtype=torch.int8, device=device)
 
 
 def copies_to_outgrow_cache(input_bytes: int) -> int:

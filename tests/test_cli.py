@@ -34,7 +34,7 @@ FLAGS = {
     "report": {"--format", "--lengths", "--out"},
     "run": {
         *("--results", "--device", "--method", "--axis", "--set", "--resume", "--no-resume", "--retry", "--timeout", "--budget-s"),
-        *("--quiet", "-q", "--json", "--plugin"),
+        *("--breakdown", "--quiet", "-q", "--json", "--plugin"),
     },
     "show": {"--n", "--batch", "--heads", "--dim", "--set", "--device", "--json", "--plugin"},
     "suites": {"--json"},

@@ -27,6 +27,7 @@ def run(
     retry: Annotated[bool, typer.Option("--retry", help="With --resume: try cells again that ran out of memory or time.")] = False,
     timeout: Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Time a cell may take in all.")] = None,
     budget_s: Annotated[float | None, typer.Option("--budget-s", metavar="SECONDS", help="Timed calls of a cell, in all.")] = None,
+    breakdown: Annotated[bool, typer.Option("--breakdown", help="Take each cell's time apart by stage, on calls of its own.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell only of notes and failures.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Write each record to stdout as one JSON line.")] = False,
     plugin: Plugins = [],
@@ -39,14 +40,15 @@ def run(
     from attnbench.environment import pick_device
 
     with_plugins(plugin)
-    chosen = _protocol(read_suite(suite, axis, method, set_), timeout, budget_s)
+    chosen = _protocol(read_suite(suite, axis, method, set_), timeout, budget_s, breakdown or None)
     kind = pick_device(device)
     summary = _sweep(chosen, results, device=kind, resume=resume or retry, retry=retry, plugins=plugin, quiet=quiet, echo=json)
     _conclude(summary, json)
 
 
-def _protocol(suite: "Suite", timeout: float | None, budget: float | None) -> "Suite":
-    given: dict[str, Any] = {key: value for key, value in (("timeout_s", timeout), ("budget_s", budget)) if value is not None}
+def _protocol(suite: "Suite", timeout: float | None, budget: float | None, breakdown: bool | None) -> "Suite":
+    options = {"timeout_s": timeout, "budget_s": budget, "breakdown": breakdown}
+    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     return replace(suite, protocol=replace(suite.protocol, **given))
 
 

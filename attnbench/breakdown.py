@@ -1,0 +1,125 @@
+"""Cost anatomy: which stage of a call its time goes to, seen by a profiler on calls of its own once the clocks are done.
+
+What a whole call takes beyond the sum of its stages is the host: launches, and waiting for them. A profiler slows the host down, not the
+kernels of a GPU; on a CPU, where operators are the work, it makes many small ones look slower than they are.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from attnbench import timing, trace
+from attnbench.record import Breakdown
+from attnbench.stages import home, marking, rank
+from attnbench.stats import median
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+    from torch import Tensor
+
+    from attnbench.cell import Bound
+    from attnbench.cost import Cost, Work
+    from attnbench.method import Implementation
+    from attnbench.record import Timing
+    from attnbench.suite import Case, Protocol
+
+MOST_CALLS = 10
+SOURCES = {"cuda": "kernels, copies and fills on the device", "cpu": "operators, without the time of those they call"}
+"""Device -> whose time it is."""
+
+
+def take(bound: Bound, implementation: Implementation, cost: Cost, *, case: Case, protocol: Protocol, taken: Timing) -> Breakdown:
+    """Take a cell apart that `taken` has timed: as many calls as its budget holds, at least 1 and at most 10, as cold as the timed ones."""
+    device = bound.leaves[0].device.type
+    flush = timing.flusher(device) if case.l2 == "cold" else None
+    return measure(
+        bound.forward,
+        bound.backward if bound.gradient is not None else None,
+        device=device,
+        calls=max(1, min(MOST_CALLS, int(protocol.budget_s / max(median(taken.samples_s), 1e-9)))),
+        kernels=implementation.stages,
+        work=cost.by_stage(bound.leaves[0].element_size(), case.mode),
+        prepare=flush.zero_ if flush is not None else lambda: None,
+    )
+
+
+def measure(
+    forward: Callable[[], Tensor],
+    backward: Callable[[Tensor], object] | None,
+    *,
+    device: str,
+    calls: int,
+    kernels: Mapping[str, Sequence[str]],
+    work: Mapping[str, Work],
+    prepare: Callable[[], object] = lambda: None,
+) -> Breakdown:
+    """Take `calls` calls apart, after one more that is not counted where there are several. They must have been run before.
+
+    `kernels` maps stages to parts of kernel names; `work` is what a cost model counts, stage by stage; `prepare` runs before each call.
+    """
+    spare = int(calls > 1)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    with profile(activities=activities) as run, marking():
+        for _ in range(calls + spare):
+            prepare()
+            _call(forward, backward, device)
+    return summarise(trace.read(run), kernels, work, device, spare)
+
+
+def _call(forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: str) -> None:
+    """One call between two synchronisations, with its passes marked."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    with record_function(trace.CALL):
+        with record_function(trace.FORWARD):
+            output = forward()
+        if backward is not None:
+            with record_function(trace.BACKWARD):
+                backward(output)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def summarise(
+    events: Sequence[trace.Event], kernels: Mapping[str, Sequence[str]], work: Mapping[str, Work], device: str, skip: int = 0
+) -> Breakdown:
+    """The breakdown of a trace, its first `skip` calls left out; medians over the others."""
+    spans = sorted((e for e in events if e.name == trace.CALL and not e.on_device), key=lambda e: e.start)[skip:]
+    pieces, waits = trace.pieces(events, kernels, device), [e.start for e in events if e.waits]
+    calls = [[piece for piece in pieces if span.holds(piece.at)] for span in spans]
+    sums = [_sums(call) for call in calls]
+    stages = {s: median([one.get(s, 0.0) for one in sums]) for s in sorted({s for one in sums for s in one}, key=rank)}
+    needs = gathered(work, stages)
+    return Breakdown(
+        stages_s=stages,
+        total_s=sum(stages.values()),
+        launches=round(median([float(len(call)) for call in calls])),
+        kernels=len({piece.name for call in calls for piece in call}),
+        synchronisations=round(median([float(sum(map(span.holds, waits))) for span in spans])) if device == "cuda" else None,
+        calls=len(calls),
+        source=SOURCES[device],
+        flops={s: w[0] for s, w in needs.items()},
+        bytes={s: w[1] for s, w in needs.items()},
+    )
+
+
+def _sums(pieces: Iterable[trace.Piece]) -> dict[str, float]:
+    sums: dict[str, float] = defaultdict(float)
+    for piece in pieces:
+        sums[piece.stage] += piece.seconds
+    return dict(sums)
+
+
+def gathered(work: Mapping[str, Work], stages: Collection[str]) -> dict[str, tuple[int, int]]:
+    """(FLOP, bytes) that a cost model counts, brought to the stages that were measured; see `attnbench.stages.home`."""
+    found: dict[str, tuple[int, int]] = {}
+    for counted, each in work.items():
+        stage = home(counted, stages)
+        flops, moved = found.get(stage, (0, 0))
+        found[stage] = (flops + each.flops, moved + each.bytes)
+    return found
