@@ -143,6 +143,8 @@ class FastWeights:
     """added to the sum that linear hidden units are divided by"""
     least: float = 0.0
     """the sum that linear hidden units are divided by is at least this, where above 0"""
+    beside: Callable[[Tensor], Tensor] | None = None
+    """`rows [R] -> [B, H, R, Dv]`, added to the output: a convolution of the values, say, which is no expert"""
 
 
 def apply(weights: FastWeights, q: Tensor, rows: Tensor | None = None) -> Tensor:
@@ -169,7 +171,8 @@ def _apply_rows(weights: FastWeights, q: Tensor, rows: Tensor) -> Tensor:
             together = _normalised(together) if weights.combine == "joint" else _divided(together, weights)
         hidden = list(together.split([h.shape[-1] for h in hidden], -1))
     hidden = [bank.factor(q, w1) * h if bank.factor else h for bank, h, (w1, _, _) in zip(weights.banks, hidden, units, strict=True)]
-    return torch.stack([_mix(h, w2) for h, (_, w2, _) in zip(hidden, units, strict=True)]).sum(0)
+    out = torch.stack([_mix(h, w2) for h, (_, w2, _) in zip(hidden, units, strict=True)]).sum(0)
+    return out if weights.beside is None else out + weights.beside(rows)
 
 
 def _hidden(bank: Bank, q: Tensor, rows: Tensor, w1: Tensor, tokens: Tensor) -> Tensor:

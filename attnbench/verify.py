@@ -227,8 +227,16 @@ def _together(bank: Bank, n: int) -> bool:
 
 
 def _owners(bank: Bank, n: int) -> Tensor:
-    """The expert `[N]` that holds each token, where experts cut the tokens up, the same for all heads; else runs of N / E."""
-    place = torch.arange(n)
+    """The expert `[N]` of each token, the same for all heads, where experts cut the tokens up; else runs of N / E.
+
+    Compressed experts hold no tokens: they cut them up where all heads send N / E queries to each, such as the tiles of an image.
+    """
+    assert bank.routes is not None
+    place, routes = torch.arange(n), bank.routes
+    if bank.index is None and routes.shape[-1] == 1 and bool((routes == routes[:1, :1]).all()):
+        owner = routes[0, 0, :, 0]
+        if bool((owner >= 0).all()) and bool((owner.bincount(minlength=bank.experts) * bank.experts == n).all()):
+            return owner
     if bank.index is not None and bool((bank.index == bank.index[:1, :1]).all()):
         experts, units = torch.where(bank.index[0, 0] >= 0)
         tokens = bank.index[0, 0][experts, units]

@@ -53,6 +53,13 @@ def test_linear_hidden_units_are_divided_by_their_sum() -> None:
     torch.testing.assert_close(out, weights @ v / (weights.sum(-1, keepdim=True) + 0.1))
 
 
+def test_what_is_no_expert_is_added_beside_them() -> None:
+    q, k, v = _tokens()
+    rows, banks = torch.tensor([4, 0]), (_routed(k, v),)
+    out = apply(FastWeights(banks, beside=lambda at: v.roll(1, 2)[:, :, at]), q, rows)
+    torch.testing.assert_close(out, apply(FastWeights(banks), q, rows) + v[:, :, [3, 5]])
+
+
 def test_health_of_a_routing() -> None:
     q, k, v = _tokens()
     weights = FastWeights((_routed(k, v),))

@@ -83,6 +83,19 @@ def segments(q: Tensor, k: Tensor, v: Tensor, params: Params) -> FastWeights:
     return FastWeights((Bank(w1=w1, w2=w2, routes=routes, activation="linear"),), combine="linear")
 
 
+def tiles(q: Tensor, k: Tensor, v: Tensor, params: Params) -> FastWeights:
+    side, place = int(q.shape[2] ** 0.5), torch.arange(q.shape[2])
+    owner = place // side * 2 // side * 2 + place % side * 2 // side
+    w1, w2 = (torch.stack([x[:, :, owner == e] for e in range(4)], 2) for x in (k, v))
+    routes = owner.expand(*q.shape[:2], -1).unsqueeze(-1)
+    return FastWeights((Bank(w1=w1, w2=w2, routes=routes, activation="linear"),), combine="linear")
+
+
+def hashed(q: Tensor, k: Tensor, v: Tensor, params: Params) -> FastWeights:
+    w1, w2 = (x.unflatten(2, (4, -1)).mean(3, keepdim=True) for x in (k, v))
+    return FastWeights((Bank(w1=w1, w2=w2, routes=(q @ w1.squeeze(3).mT).argmax(-1, keepdim=True)),))
+
+
 def cheap_skim(q: Tensor, k: Tensor, v: Tensor, params: Params) -> FastWeights:
     index = (q[..., :2] @ k[..., :2].transpose(-1, -2)).topk(9, -1).indices
     routes = torch.arange(q.shape[2]).expand(*q.shape[:2], -1).unsqueeze(-1)
@@ -96,6 +109,8 @@ def cheap_skim(q: Tensor, k: Tensor, v: Tensor, params: Params) -> FastWeights:
         (gathered, (Scaling.ROUTING, Expert.MLP, Count.SHARED, Construction.OFFSET_PREDICTING, Topology.N_TO_ONE)),
         (blocks_together, (Scaling.ROUTING, Expert.MLP, Count.BLOCKS, Construction.LOCALITY_PRIOR, Topology.BLOCKS_TO_BLOCKS)),
         (segments, (Scaling.COMPRESSION, Expert.LINEAR, Count.LANDMARKS, Construction.LOCAL_KERNELIZATION, Topology.BLOCK_TO_ONE)),
+        (tiles, (Scaling.COMPRESSION, Expert.LINEAR, Count.LANDMARKS, Construction.LOCAL_KERNELIZATION, Topology.BLOCK_TO_ONE)),
+        (hashed, (Scaling.BOTH, Expert.MLP, Count.LANDMARKS, Construction.LEARNABLE_PROJECTION, Topology.N_TO_M)),
         (cheap_skim, (Scaling.ROUTING, Expert.MLP, Count.TOKENS, Construction.SKIM, Topology.ONE_TO_ONE)),
     ],
     ids=lambda x: getattr(x, "__name__", ""),
