@@ -1,0 +1,185 @@
+"""Self-attention as a layer, with any method of the registry between its projections."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+import attnbench
+from attnbench.errors import UserError, unknown
+from attnbench.method import Shape
+
+from . import _grid, _rotary
+from ._conv import DepthwiseConvolution
+from ._norm import HeadNorm
+
+if TYPE_CHECKING:
+    from ._grid import Grid
+
+Positions = Literal["none", "rotary", "rotary-2d"]
+_AXES = {"none": 0, "rotary": 1, "rotary-2d": 2}
+_LENGTHS = 16 * 16, 24 * 24
+"""numbers of tokens at which learned weights are compared where none is given"""
+
+
+class AttentionLayer(nn.Module):
+    """Self-attention `[B, N, C]` -> `[B, N, C]` by any method, so that only the mixing differs between methods.
+
+    `[q k v g] = x W + b`, `o = method(q, k, v)`, `o += DWC(v)` with `conv`, `o *= SiLU(g)` with `gate`, `y = o W_o + b_o`.
+
+    >>> import torch
+    >>> from attnbench.nn import AttentionLayer
+    >>> layer = AttentionLayer(64, num_heads=4, method="agent", prefix=1, grid=(6, 8), landmarks=9)
+    >>> x = torch.randn(2, 1 + 6 * 8, 64, requires_grad=True)
+    >>> layer(x).shape
+    torch.Size([2, 49, 64])
+    >>> layer(x).sum().backward()
+    >>> sorted(layer.state_dict())
+    ['proj.bias', 'proj.weight', 'qkv.weight']
+    >>> causal = AttentionLayer(64, num_heads=4, positions="rotary", causal=True)
+    >>> causal(x).shape
+    torch.Size([2, 49, 64])
+
+    The operator gets strided views of the fused projection, never copies, unless `qk_norm` or `positions` make new queries and keys.
+    It runs outside autocast, in the dtype that autocast gave the projection.
+
+    Args:
+        dim: channels C, a multiple of `num_heads`.
+        num_heads: heads H.
+        method: name in the registry, or `name@implementation`.
+        qkv_bias: whether the fused projection has a bias.
+        proj_bias: whether the output projection has a bias.
+        qk_norm: RMS-normalise queries and keys over the channels of a head, before positions and before the operator.
+        attn_drop: dropout of what the operator returns. Few operators could drop single weights, so every method is dropped alike.
+        proj_drop: dropout of the output.
+        prefix: class and register tokens before the others: not rotated, not convolved, and told to methods that ask for them.
+        grid: (height, width) of the tokens after the prefix, row by row, or `square`; told to methods that ask for it.
+        tokens: N, where learned weights of the method depend on it and no grid says it.
+        positions: `rotary` along the sequence or `rotary-2d` over the grid; the prefix has none.
+        theta: base of the rotary frequencies.
+        causal: a token reads only itself and tokens before it.
+        conv: add a depthwise 3 x 3 convolution of the values over the grid.
+        gate: multiply by SiLU of a fourth projection before the output projection.
+        **params: parameters of the method.
+
+    Raises:
+        UserError: for arguments that make no sense, in one line that says what to do.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        method: str = "softmax",
+        *,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        qk_norm: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        prefix: int = 0,
+        grid: Grid = None,
+        tokens: int | None = None,
+        positions: Positions = "none",
+        theta: float = 10_000.0,
+        causal: bool = False,
+        conv: bool = False,
+        gate: bool = False,
+        **params: object,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.method, self.causal = dim, num_heads, attnbench.get(method), causal
+        self.prefix, self.grid, self.positions, self.theta = prefix, grid, positions, theta
+        self._check(conv)
+        self.parts = "qkvg" if gate else "qkv"
+        self.add_module(self.parts, nn.Linear(dim, len(self.parts) * dim, qkv_bias))
+        head_dim = dim // num_heads
+        self.q_norm, self.k_norm = (HeadNorm(head_dim) if qk_norm else None for _ in range(2))
+        self.operator = self._build(tokens, head_dim, self._told() | params)
+        self.dwc = DepthwiseConvolution(dim, prefix, grid) if conv else None
+        self.attn_drop, self.proj, self.proj_drop = nn.Dropout(attn_drop), nn.Linear(dim, dim, proj_bias), nn.Dropout(proj_drop)
+
+    def _check(self, conv: bool) -> None:
+        _grid.check(self.grid)
+        if self.positions not in _AXES:
+            raise unknown("positions", self.positions, _AXES)
+        multiple = 2 * _AXES[self.positions] or 1
+        checks = (
+            (
+                self.num_heads < 1 or self.dim % self.num_heads,
+                f"num_heads = {self.num_heads} does not divide dim = {self.dim}: change one of them",
+            ),
+            (self.prefix < 0, f"prefix = {self.prefix} is below 0: give the number of class and register tokens"),
+            (self.grid is None and (conv or self.positions == "rotary-2d"), "conv and rotary-2d need a grid: give grid = (height, width)"),
+            (self.dim // max(self.num_heads, 1) % multiple, f"{self.positions} needs a head dimension that is a multiple of {multiple}"),
+            (self.causal and self.method.limits.no_causal, f"{self.method.name} has no causal form: {self.method.limits.no_causal}"),
+        )
+        for fails, reason in checks:
+            if fails:
+                raise UserError(reason)
+
+    def _told(self) -> dict[str, object]:
+        """What the method learns of the layer, as far as it asks for it."""
+        known = {f.name for f in fields(self.method.params)}
+        told: dict[str, object] = {"causal": self.causal, "prefix": self.prefix}
+        return {name: x for name, x in (told | ({"grid": _grid.text(self.grid)} if self.grid else {})).items() if name in known}
+
+    def _build(self, tokens: int | None, dim: int, params: dict[str, Any]) -> nn.Module:
+        """The operator, with its learned weights."""
+        if isinstance(self.grid, tuple) and tokens is None:
+            tokens = self.prefix + self.grid[0] * self.grid[1]
+        elif self.grid is not None and tokens is not None:
+            _grid.sides(self.grid, tokens - self.prefix)
+        lengths = [self.prefix + n for n in _LENGTHS] if tokens is None else [tokens]
+        shapes = [Shape(1, self.num_heads, n, dim) for n in lengths]
+        if tokens is not None and (problems := self.method.parse(params).problems(shapes[0])):
+            raise UserError(f"{self.method.name}: {'; '.join(problems)}")
+        built = [self.method.build(shape, **params) for shape in shapes]
+        sizes = [{name: x.shape for name, x in module.state_dict().items()} for module in built]
+        if sizes[0] != sizes[-1]:
+            raise UserError(
+                f"learned weights of {self.method.name} depend on the number of tokens: give tokens = N or grid = (height, width)"
+            )
+        return built[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, N, C]` -> `[B, N, C]`."""
+        fused: Tensor = getattr(self, self.parts)(x)
+        q, k, v, *gate = fused.unflatten(-1, (len(self.parts), self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        out = self._mix(*self._placed(q, k), v).transpose(1, 2).flatten(2)
+        if self.dwc is not None:
+            out = out + self.dwc(v)
+        for g in gate:
+            out = out * silu(g.transpose(1, 2).flatten(2))
+        mixed: Tensor = self.proj_drop(self.proj(self.attn_drop(out)))
+        return mixed
+
+    def _placed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys normalised and rotated, where asked for."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.positions == "none":
+            return q, k
+        count = q.shape[2] - self.prefix
+        sizes = (count,) if self.positions == "rotary" else _grid.sides(self.grid, count)
+        turns = _rotary.angles(sizes, q.shape[3], self.theta, self.prefix, q.device)
+        return _rotary.rotate(q, turns), _rotary.rotate(k, turns)
+
+    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The operator, outside autocast unless the method brings a module of its own, whose weights only autocast would cast."""
+        device = q.device.type
+        if self.method.builder is not None or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            own: Tensor = self.operator(q, k, v)
+            return own
+        with torch.autocast(device, enabled=False):
+            return self.operator(q, k, v)  # type: ignore[no-any-return]
+
+    def extra_repr(self) -> str:
+        """Sizes, the method and what differs from a plain layer."""
+        said = {"prefix": self.prefix, "grid": self.grid, "positions": self.positions, "causal": self.causal}
+        more = "".join(f", {name}={x}" for name, x in said.items() if x not in (0, None, "none"))
+        return f"{self.dim}, heads={self.num_heads}, method={self.method.label}{more}"
