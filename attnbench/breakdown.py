@@ -7,14 +7,16 @@ kernels of a GPU; on a CPU, where operators are the work, it makes many small on
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from attnbench import timing, trace
+from attnbench.cost import Work
 from attnbench.record import Breakdown
-from attnbench.stages import home, marking, rank
+from attnbench.stages import GRADIENT, home, marking, rank
 from attnbench.stats import median
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnbench.cell import Bound
-    from attnbench.cost import Cost, Work
+    from attnbench.cost import Cost
     from attnbench.method import Implementation
     from attnbench.record import Timing
     from attnbench.suite import Case, Protocol
@@ -37,15 +39,16 @@ def take(bound: Bound, implementation: Implementation, cost: Cost, *, case: Case
     """Take a cell apart that `taken` has timed: as many calls as its budget holds, at least 1 and at most 10, as cold as the timed ones."""
     device = bound.leaves[0].device.type
     flush = timing.flusher(device) if case.l2 == "cold" else None
-    return measure(
+    parts = measure(
         bound.forward,
         bound.backward if bound.gradient is not None else None,
         device=device,
         calls=max(1, min(MOST_CALLS, int(protocol.budget_s / max(median(taken.samples_s), 1e-9)))),
         kernels=implementation.stages,
-        work=cost.by_stage(bound.leaves[0].element_size(), case.mode),
         prepare=flush.zero_ if flush is not None else lambda: None,
     )
+    work = needs(cost, bound.leaves[0].element_size(), case.mode, parts.stages_s)
+    return replace(parts, flops={s: w.flops for s, w in work.items()}, bytes={s: w.bytes for s, w in work.items()})
 
 
 def measure(
@@ -55,12 +58,11 @@ def measure(
     device: str,
     calls: int,
     kernels: Mapping[str, Sequence[str]],
-    work: Mapping[str, Work],
     prepare: Callable[[], object] = lambda: None,
 ) -> Breakdown:
     """Take `calls` calls apart, after one more that is not counted where there are several. They must have been run before.
 
-    `kernels` maps stages to parts of kernel names; `work` is what a cost model counts, stage by stage; `prepare` runs before each call.
+    `kernels` maps stages to parts of kernel names; `prepare` runs before each call.
     """
     spare = int(calls > 1)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
@@ -68,7 +70,7 @@ def measure(
         for _ in range(calls + spare):
             prepare()
             _call(forward, backward, device)
-    return summarise(trace.read(run), kernels, work, device, spare)
+    return summarise(trace.read(run), kernels, device, spare)
 
 
 def _call(forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | None, device: str) -> None:
@@ -85,16 +87,13 @@ def _call(forward: Callable[[], Tensor], backward: Callable[[Tensor], object] | 
         torch.cuda.synchronize()
 
 
-def summarise(
-    events: Sequence[trace.Event], kernels: Mapping[str, Sequence[str]], work: Mapping[str, Work], device: str, skip: int = 0
-) -> Breakdown:
+def summarise(events: Sequence[trace.Event], kernels: Mapping[str, Sequence[str]], device: str, skip: int = 0) -> Breakdown:
     """The breakdown of a trace, its first `skip` calls left out; medians over the others."""
     spans = sorted((e for e in events if e.name == trace.CALL and not e.on_device), key=lambda e: e.start)[skip:]
     pieces, waits = trace.pieces(events, kernels, device), [e.start for e in events if e.waits]
     calls = [[piece for piece in pieces if span.holds(piece.at)] for span in spans]
     sums = [_sums(call) for call in calls]
     stages = {s: median([one.get(s, 0.0) for one in sums]) for s in sorted({s for one in sums for s in one}, key=rank)}
-    needs = gathered(work, stages)
     return Breakdown(
         stages_s=stages,
         total_s=sum(stages.values()),
@@ -103,8 +102,6 @@ def summarise(
         synchronisations=round(median([float(sum(map(span.holds, waits))) for span in spans])) if device == "cuda" else None,
         calls=len(calls),
         source=SOURCES[device],
-        flops={s: w[0] for s, w in needs.items()},
-        bytes={s: w[1] for s, w in needs.items()},
     )
 
 
@@ -115,11 +112,21 @@ def _sums(pieces: Iterable[trace.Piece]) -> dict[str, float]:
     return dict(sums)
 
 
-def gathered(work: Mapping[str, Work], stages: Collection[str]) -> dict[str, tuple[int, int]]:
-    """(FLOP, bytes) that a cost model counts, brought to the stages that were measured; see `attnbench.stages.home`."""
-    found: dict[str, tuple[int, int]] = {}
-    for counted, each in work.items():
-        stage = home(counted, stages)
-        flops, moved = found.get(stage, (0, 0))
-        found[stage] = (flops + each.flops, moved + each.bytes)
-    return found
+def needs(cost: Cost, element_size: int, mode: str, measured: Collection[str]) -> dict[str, Work]:
+    """What a cost model counts, brought to the stages that were measured; see `attnbench.stages.home`.
+
+    Where the gradients of a stage are made in kernels of another, their FLOP are added there and their traffic is not: q, once read, serves
+    both. A backward pass that is not told apart has the compulsory traffic of `Cost.bytes`.
+    """
+    found: dict[str, Work] = defaultdict(lambda: Work(0, 0))
+    for counted, work in cost.by_stage(element_size).items():
+        found[home(counted, measured)] += work
+    if mode == "forward":
+        return dict(found)
+    for counted, work in cost.gradients(element_size).items():
+        target = home(counted + GRADIENT, measured)
+        own = target == home(counted, measured) + GRADIENT
+        found[target] += work if own else Work(work.flops, 0)
+    if not any(s.endswith(GRADIENT) for s in measured):
+        found["backward"] += Work(0, cost.bytes(element_size, mode) - cost.bytes(element_size))
+    return dict(found)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple, Self
-
-from attnbench.stages import GRADIENT
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -13,12 +11,17 @@ if TYPE_CHECKING:
     from attnbench.params import Shape
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True)
+class Work:
     """What one stage must do."""
 
     flops: int
     bytes: int
     """memory traffic; 0 where the model does not tell stages apart"""
+
+    def __add__(self, other: Work) -> Work:
+        """Both."""
+        return Work(self.flops + other.flops, self.bytes + other.bytes)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Cost:
         forward = sum(self.flops.values())
         if mode == "forward":
             return forward
-        differentiated = forward - sum(self.flops[stage] for stage in self.selection)
+        differentiated = forward - sum(self.flops.get(stage, 0) for stage in self.selection)
         return forward + (5 * differentiated // 2 if self.recomputes else 2 * differentiated)
 
     def bytes(self, element_size: int, mode: str = "forward") -> int:
@@ -74,15 +77,13 @@ class Cost:
         forward = self.elements * element_size + self.index_bytes
         return forward if mode == "forward" else 3 * forward
 
-    def by_stage(self, element_size: int, mode: str = "forward") -> dict[str, Work]:
-        """Work of each stage; with a backward pass also of each `X gradient`: the stage's traffic twice, since gradients cross too.
-
-        The FLOP add up to `total`, but for rounding. The traffic of separate passes is more than the compulsory `bytes`.
-        """
+    def by_stage(self, element_size: int) -> dict[str, Work]:
+        """Work of each stage of the forward pass; the traffic of separate passes, which is more than the compulsory `bytes`."""
         names = dict.fromkeys((*self.flops, *self.traffic, *self.index_traffic))
-        moved = {s: self.traffic.get(s, 0) * element_size + self.index_traffic.get(s, 0) for s in names}
-        found = {s: Work(self.flops.get(s, 0), moved[s]) for s in names}
-        if mode != "forward":
-            halves = 5 if self.recomputes else 4
-            found |= {s + GRADIENT: Work(halves * w.flops // 2, 2 * w.bytes) for s, w in found.items() if s not in self.selection}
-        return found
+        return {s: Work(self.flops.get(s, 0), self.traffic.get(s, 0) * element_size + self.index_traffic.get(s, 0)) for s in names}
+
+    def gradients(self, element_size: int) -> dict[str, Work]:
+        """Work of the backward pass of each stage that has one; the stage's traffic twice, since gradients cross too."""
+        halves = 5 if self.recomputes else 4
+        stages = self.by_stage(element_size).items()
+        return {s: Work(halves * w.flops // 2, 2 * w.bytes) for s, w in stages if s not in self.selection}

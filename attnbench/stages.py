@@ -45,6 +45,8 @@ _WITHIN: dict[str, tuple[str, ...]] = {
     "probe": ("compress", "score"),
     "compress": ("probe",),
     "select": ("score", "probe", "route"),
+    "route": ("attend",),
+    "permute": ("route", "attend"),
     "gather": ("attend", "permute"),
     "merge": ("attend",),
     "read": ("attend",),

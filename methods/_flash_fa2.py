@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from flash_attn import flash_attn_func
 
+from attnbench.stages import stage
+
 from ._optional import installed
 
 if TYPE_CHECKING:
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> Tensor:
     """`q: [B, N, H, D]` -> `[B, N, H, Dv]`."""
-    out: Tensor | tuple[Tensor, ...] = flash_attn_func(q, k, v, causal=params.causal)
+    with stage("attend"):
+        out: Tensor | tuple[Tensor, ...] = flash_attn_func(q, k, v, causal=params.causal)
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -18,6 +18,21 @@ if TYPE_CHECKING:
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+STAGES = {
+    "pool": ("pool_kernel",),
+    "probe": ("probe_kernel",),
+    "select": ("select_kernel",),
+    "route": ("gate_kernel",),
+    "permute": ("permute_kernel",),
+    "attend": ("attend_kernel",),
+    "merge": ("merge_kernel",),
+    "attend gradient": ("query_grad_kernel", "shared_grad_kernel", "sum_landmark_kernel", "routed_grad_kernel"),
+    "probe gradient": ("probe_grad_kernel", "sum_probe_kernel"),
+    "gather gradient": ("rank_kernel", "scatter_kernel"),
+    "pool gradient": ("finish_kernel",),
+}
+"""Stage -> names of its kernels; in the forward pass keys are gathered where they are attended to, their gradients are scattered apart."""
+
 
 def mita(q: Tensor, k: Tensor, v: Tensor, params: MitaParams) -> Tensor:
     """MiTA, every stage in fused kernels."""
@@ -61,6 +76,7 @@ def implementation(name: str) -> Implementation:
         requires=("triton",),
         operators=("attnbench::mita_forward",),
         note="every stage in fused kernels",
+        stages=STAGES,
     )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 
 from attnbench.method import Params, param
+from attnbench.stages import stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -91,11 +92,12 @@ def landmarks(q: Tensor, params: LandmarkParams) -> Tensor:
     """Landmark queries `[B, H, M, D]` of `q: [B, H, N, D]`, in the dtype of q."""
     count = q.shape[2] - params.prefix
     tokens = q[:, :, :count] if params.legacy_cls_shift else q[:, :, params.prefix :]
-    if params.grid == "none":
-        return pool(tokens, params.landmarks, 2).to(q.dtype)
-    side = isqrt(params.landmarks)
-    columns = pool(tokens.reshape(*q.shape[:2], *params.sides(count), -1), side, 3)
-    return pool(columns, side, 2).flatten(2, 3).to(q.dtype)
+    with stage("pool"):
+        if params.grid == "none":
+            return pool(tokens, params.landmarks, 2).to(q.dtype)
+        side = isqrt(params.landmarks)
+        columns = pool(tokens.reshape(*q.shape[:2], *params.sides(count), -1), side, 3)
+        return pool(columns, side, 2).flatten(2, 3).to(q.dtype)
 
 
 def pool_flops(shape: Shape, params: LandmarkParams) -> int:

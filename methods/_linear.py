@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnbench.eager import wide
+from attnbench.stages import stage
 
 from ._chunks import rows_per_chunk
 from ._linear_causal import causal
@@ -101,10 +102,12 @@ class _Bidirectional(torch.autograd.Function):
         width, out = v.shape[2], q.new_empty(*q.shape[:2], v.shape[2])
         states, totals = [], []
         for heads in _steps(q, k, v):
-            states.append(_state(_phi(k[heads]), v[heads]))
-            mixed = torch.bmm(_phi(q[heads]), states[-1].to(q.dtype))
-            totals.append(mixed[..., width : width + 1] + EPS / k.shape[1])
-            torch.div(mixed[..., :width], totals[-1], out=out[heads])
+            with stage("state"):
+                states.append(_state(_phi(k[heads]), v[heads]))
+            with stage("attend"):
+                mixed = torch.bmm(_phi(q[heads]), states[-1].to(q.dtype))
+                totals.append(mixed[..., width : width + 1] + EPS / k.shape[1])
+                torch.div(mixed[..., :width], totals[-1], out=out[heads])
         ctx.save_for_backward(q, k, v, torch.cat(states), torch.cat(totals))
         return out
 

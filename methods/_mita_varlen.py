@@ -8,6 +8,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnbench.eager import expand_heads, wide
+from attnbench.stages import stage
 
 from ._landmarks import landmarks
 from ._varlen import Part, group_by_expert, make_part, merged_attention
@@ -26,7 +27,9 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, params: MitaParams) -> Tensor:
     r = landmarks(q, params)
     parts, scales = [], []
     if params.shared:
-        parts.append(_shared_part(r, scaled_dot_product_attention(r, k, v), q.shape[2]))
+        with stage("compress"):
+            values = scaled_dot_product_attention(r, k, v)
+        parts.append(_shared_part(r, values, q.shape[2]))
         scales.append(params.landmark_factor(q.shape[-1]))
     if params.routed:
         parts += _routed_parts(q, k, v, r, params)
@@ -45,14 +48,15 @@ def _routed_parts(q: Tensor, k: Tensor, v: Tensor, r: Tensor, params: MitaParams
     """One part for each of the S experts that a query reads; all of them have the same keys."""
     members, routes = _select(q, k, r, params)
     head = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(*q.shape[:2], 1, 1)
-    tokens, ids = (members + head * k.shape[2]).flatten(), (routes + head * params.landmarks).flatten(0, 2)
-    keys, values = k.flatten(0, 2)[tokens], v.flatten(0, 2)[tokens]
-    experts = q.shape[0] * q.shape[1] * params.landmarks
-    widths = torch.full((experts,), params.topk, device=q.device)
-    parts = []
-    for slot in ids.unbind(-1):
-        order, counts = group_by_expert(slot, experts)
-        parts.append(make_part(order, counts, keys, values, widths))
+    with stage("gather"):
+        tokens = (members + head * k.shape[2]).flatten()
+        keys, values = k.flatten(0, 2)[tokens], v.flatten(0, 2)[tokens]
+    experts, parts = q.shape[0] * q.shape[1] * params.landmarks, []
+    with stage("permute"):
+        widths, ids = torch.full((experts,), params.topk, device=q.device), (routes + head * params.landmarks).flatten(0, 2)
+        for slot in ids.unbind(-1):
+            order, counts = group_by_expert(slot, experts)
+            parts.append(make_part(order, counts, keys, values, widths))
     return parts
 
 
@@ -60,7 +64,10 @@ def _routed_parts(q: Tensor, k: Tensor, v: Tensor, r: Tensor, params: MitaParams
 def _select(q: Tensor, k: Tensor, r: Tensor, params: MitaParams) -> tuple[Tensor, Tensor]:
     """Tokens of each expert `[B, H, M, K]` and experts of each query `[B, H, N, S]`; selection has no gradient."""
     r = wide(r)
-    probe = torch.cat([r @ wide(part).transpose(-1, -2) for part in k.split(_TOKENS, 2)], -1)
-    members = probe.topk(params.topk, -1).indices
-    routes = [(wide(part) @ r.transpose(-1, -2)).topk(params.experts_per_query, -1).indices for part in q.split(_TOKENS, 2)]
-    return members, torch.cat(routes, 2)
+    with stage("probe"):
+        probe = torch.cat([r @ wide(part).transpose(-1, -2) for part in k.split(_TOKENS, 2)], -1)
+    with stage("select"):
+        members = probe.topk(params.topk, -1).indices
+    with stage("route"):
+        routes = [(wide(part) @ r.transpose(-1, -2)).topk(params.experts_per_query, -1).indices for part in q.split(_TOKENS, 2)]
+        return members, torch.cat(routes, 2)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnbench.eager import expand_heads
+from attnbench.stages import stage
 
 from ._chunks import rows_per_chunk
 from ._varlen import Part, group_by_expert, make_part, merged_attention, offsets
@@ -21,18 +22,22 @@ if TYPE_CHECKING:
 def varlen(q: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> Tensor:
     """`q: [B, H, N, D]` -> `[B, H, N, Dv]`: one part for each of the K choices; causal, the first is the query's own block."""
     chosen = _route(q, k, params)
-    parts = [_own_part(q, k, v, params)] if params.causal else []
-    parts += [_routed_part(slot, k, v, params) for slot in chosen[len(parts) :]]
+    with stage("permute"):
+        parts = [_own_part(q, k, v, params)] if params.causal else []
+        parts += [_routed_part(slot, k, v, params) for slot in chosen[len(parts) :]]
     out = merged_attention(q.reshape(-1, q.shape[3]), parts, q.shape[3] ** -0.5)
     return out.view(*q.shape[:3], v.shape[3])
 
 
 def _route(q: Tensor, k: Tensor, params: MobaParams) -> Tensor:
     """Chosen blocks `[S, B, H, N]`, -1 for none, scored by chunks of queries."""
-    means, rows = block_means(k, params), torch.arange(q.shape[2], device=q.device)
+    with stage("pool"):
+        means = block_means(k, params)
     score_bytes = 3 * q.shape[0] * q.shape[1] * (means.shape[2] + q.shape[3]) * means.element_size()
-    parts = [choose(q[:, :, part], means, part, params) for part in torch.split(rows, rows_per_chunk(q, score_bytes))]
-    return torch.cat(parts, 2).movedim(3, 0)
+    with stage("route"):
+        rows = torch.arange(q.shape[2], device=q.device)
+        parts = [choose(q[:, :, part], means, part, params) for part in torch.split(rows, rows_per_chunk(q, score_bytes))]
+        return torch.cat(parts, 2).movedim(3, 0)
 
 
 def _own_part(q: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> Part:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnbench.stages import stage
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def _run(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, params: Params) -> Tensor:
-    with sdpa_kernel(backend):
+    with sdpa_kernel(backend), stage("attend"):
         return scaled_dot_product_attention(q, k, v, is_causal=params.causal, enable_gqa=q.shape[1] != k.shape[1])
 
 

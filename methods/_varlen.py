@@ -14,6 +14,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from attnbench.eager import wide
+from attnbench.stages import stage
 
 from . import _segments
 
@@ -142,15 +143,20 @@ def _sum_parts(pieces: Sequence[Tensor], places: Sequence[Tensor | None], weight
 class _MergedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, rows: list[Tensor | None], layouts: list[_segments.Layout], *tensors: Tensor) -> Tensor:
-        outputs, shares, places = [], [], [_place(r, len(q)) for r in rows]
+        outputs, shares = [], []
         for row, layout, k, v in zip(rows, layouts, tensors[::2], tensors[1::2], strict=True):
-            q_part = _take(q, row)
-            o, lse = _segments.forward(q_part, k, v, layout) if layout.max_q else (v.new_empty(0, v.shape[1]), wide(q.new_empty(0)))
+            with stage("permute"):
+                q_part = _take(q, row)
+            with stage("attend"):
+                o, lse = _segments.forward(q_part, k, v, layout) if layout.max_q else (v.new_empty(0, v.shape[1]), wide(q.new_empty(0)))
             outputs.append(o)
-            shares.append(lse if row is None else lse.new_full((len(q),), float("-inf")).index_copy(0, row, lse))
-        total = torch.stack(shares).logsumexp(0)
-        weights = [(share - total).exp().masked_fill(share == float("-inf"), 0.0) for share in shares]
-        out = _sum_parts(outputs, places, weights, q.new_empty(len(q), tensors[1].shape[1]))
+            with stage("merge"):
+                shares.append(lse if row is None else lse.new_full((len(q),), float("-inf")).index_copy(0, row, lse))
+        with stage("merge"):
+            places = [_place(r, len(q)) for r in rows]
+            total = torch.stack(shares).logsumexp(0)
+            weights = [(share - total).exp().masked_fill(share == float("-inf"), 0.0) for share in shares]
+            out = _sum_parts(outputs, places, weights, q.new_empty(len(q), tensors[1].shape[1]))
         ctx.save_for_backward(q, out, total, *tensors)
         ctx.rows, ctx.layouts = rows, layouts
         return out

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from attnbench.eager import attend, expand_heads, wide
+from attnbench.stages import stage
 
 from ._chunks import attend_backward, rows_per_chunk, zeros_wide
 from .sliding_window import band
@@ -41,8 +42,9 @@ class _Window(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, params: SlidingWindowParams) -> Tensor:
         out = q.new_empty(*q.shape[:3], v.shape[3])
         for block in _blocks(q, params):
-            keys, values = expand_heads(q, k[:, :, block.keys], v[:, :, block.keys])
-            out[:, :, block.rows] = attend(q[:, :, block.rows], keys, values, q.shape[-1] ** -0.5, block.mask)
+            with stage("attend"):
+                keys, values = expand_heads(q, k[:, :, block.keys], v[:, :, block.keys])
+                out[:, :, block.rows] = attend(q[:, :, block.rows], keys, values, q.shape[-1] ** -0.5, block.mask)
         ctx.save_for_backward(q, k, v)
         ctx.params = params
         return out

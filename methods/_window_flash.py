@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from attnbench.stages import stage
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -17,5 +19,6 @@ def flash(q: Tensor, k: Tensor, v: Tensor, params: SlidingWindowParams) -> Tenso
     n = q.shape[1]
     before, after = (min(reach, n - 1) for reach in params.reach)
     forward = torch.ops.aten._flash_attention_forward.default
-    out: Tensor = forward(q, k, v, None, None, n, n, 0.0, False, False, window_size_left=before, window_size_right=after)[0]
+    with stage("attend"):
+        out: Tensor = forward(q, k, v, None, None, n, n, 0.0, False, False, window_size_left=before, window_size_right=after)[0]
     return out

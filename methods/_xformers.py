@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from attnbench.stages import stage
+
 from ._optional import flash_attn_hidden, installed, preload_cuda_runtime
 
 preload_cuda_runtime()
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> Tensor:
     """`q: [B, N, H, D]`, `k, v: [B, M, Hkv, D]` -> `[B, N, H, Dv]`."""
-    out: Tensor = memory_efficient_attention(*_grouped(q, k, v), attn_bias=LowerTriangularMask() if params.causal else None)
+    with stage("attend"):
+        out: Tensor = memory_efficient_attention(*_grouped(q, k, v), attn_bias=LowerTriangularMask() if params.causal else None)
     return out.flatten(2, 3) if out.ndim == 5 else out
 
 

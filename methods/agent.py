@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from attnbench.eager import attend, expand_heads, take
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Shape, param
+from attnbench.stages import stage
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _fused
@@ -59,14 +60,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, params: AgentParams) -> Tensor:
     In the first one the queries are few and the keys many; the forward pass of torch's flash attention then splits the keys.
     """
     agents = landmarks(q, params)
-    values = scaled_dot_product_attention(agents, k, v, enable_gqa=q.shape[1] != k.shape[1])
-    return scaled_dot_product_attention(q, agents, values)
+    with stage("compress"):
+        values = scaled_dot_product_attention(agents, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    with stage("attend"):
+        return scaled_dot_product_attention(q, agents, values)
 
 
 def cost(shape: Shape, params: AgentParams) -> Cost:
     """8 M N D FLOP a head where Dv = D."""
-    s, heads = shape, shape.batch * shape.heads
-    gather, read = 2 * heads * params.landmarks * s.keys, 2 * heads * params.landmarks * s.n
+    s, heads, kv_heads, m = shape, shape.batch * shape.heads, shape.batch * shape.kv_heads, params.landmarks
+    gather, read = 2 * heads * m * s.keys, 2 * heads * m * s.n
     flops = {
         "pool": pool_flops(s, params),
         "probe": gather * s.dim,
@@ -74,7 +77,13 @@ def cost(shape: Shape, params: AgentParams) -> Cost:
         "score": read * s.dim,
         "attend": read * s.dim_v,
     }
-    return Cost.of(s, flops, extra=heads * params.landmarks * (s.dim + s.dim_v))
+    traffic = {
+        "pool": heads * (s.n + m) * s.dim,
+        "probe": (heads * m + kv_heads * s.keys) * s.dim,
+        "compress": (heads * m + kv_heads * s.keys) * s.dim_v,
+        "attend": heads * (s.n + m) * (s.dim + s.dim_v),
+    }
+    return Cost.of(s, flops, extra=heads * m * (s.dim + s.dim_v), traffic=traffic)
 
 
 METHOD = Method(

@@ -73,7 +73,9 @@ def cost(shape: Shape, params: LinearParams) -> Cost:  # noqa: ARG001
         "read": 2 * queries * shape.dim * shape.dim_v,
         "normalise": 2 * queries * shape.dim,
     }
-    return Cost.of(shape, flops, extra=shape.batch * shape.kv_heads * shape.dim * (shape.dim_v + 1), recomputes=False)
+    state = shape.batch * shape.kv_heads * shape.dim * (shape.dim_v + 1)
+    both = {"state": keys * (shape.dim + shape.dim_v) + state, "read": queries * (shape.dim + shape.dim_v) + state}
+    return Cost.of(shape, flops, extra=state, recomputes=False, traffic=both)
 
 
 def _causal_cross(shape: Shape, params: Params, _dtype: torch.dtype, _device: str) -> list[str]:

@@ -132,17 +132,32 @@ def cost(shape: Shape, params: MitaParams) -> Cost:
     """2 N D (4 M + 2 S K) FLOP a head where Dv = D: the scores of probe and routing are used twice, not made twice."""
     s, m, heads = shape, params.landmarks, shape.batch * shape.heads
     read = params.experts_per_query * params.topk
-    flops = {"pool": pool_flops(s, params), "probe": 2 * heads * m * s.keys * s.dim, "route": 2 * heads * s.n * m * s.dim}
+    flops = {"pool": pool_flops(s, params), "probe": 2 * heads * m * s.keys * s.dim, "route": 2 * heads * s.n * m * s.dim, "attend": 0}
     extra = index = 0
     if params.shared:
-        flops |= {"compress": 2 * heads * m * s.keys * s.dim_v, "attend shared": 2 * heads * s.n * m * s.dim_v}
+        flops |= {"compress": 2 * heads * m * s.keys * s.dim_v, "attend": 2 * heads * s.n * m * s.dim_v}
         extra += heads * m * (s.dim + s.dim_v)
     if params.routed:
-        flops |= {"score routed": 2 * heads * s.n * read * s.dim, "attend routed": 2 * heads * s.n * read * s.dim_v}
+        flops["attend"] += 2 * heads * s.n * read * (s.dim + s.dim_v)
         extra += heads * m * params.topk * (s.dim + s.dim_v)
         index = 4 * heads * (m * params.topk + s.n * params.experts_per_query)
-    choosing = () if params.shared else ("pool", "probe", "route")
-    return Cost.of(s, flops, extra=extra, index_bytes=index, selection=choosing)
+    choosing = ("select", "permute") if params.shared else ("pool", "probe", "route", "select", "permute")
+    elements, indices = _traffic(s, params, extra)
+    return Cost.of(s, flops, extra=extra, index_bytes=index, selection=choosing, traffic=elements, index_traffic=indices)
+
+
+def _traffic(s: Shape, params: MitaParams, gathered: int) -> tuple[dict[str, int], dict[str, int]]:
+    """Elements and bytes of indices a stage; landmarks and experts are read once a head, the number of an expert is a byte."""
+    m, heads, kv_heads = params.landmarks, s.batch * s.heads, s.batch * s.kv_heads
+    elements = {
+        "pool": heads * (s.n + m) * s.dim,
+        "probe": (heads * m + kv_heads * s.keys) * s.dim,
+        "compress": (heads * m + kv_heads * s.keys) * s.dim_v if params.shared else 0,
+        "route": heads * (s.n + m) * s.dim,
+        "attend": heads * s.n * (s.dim + s.dim_v) + gathered,
+    }
+    pairs, members = (heads * s.n * params.experts_per_query, 4 * heads * m * params.topk) if params.routed else (0, 0)
+    return elements, {"select": members, "route": pairs, "permute": 5 * pairs, "attend": 4 * pairs + members}
 
 
 def _varlen_limits(shape: Shape, params: Params, dtype: torch.dtype, device: str) -> list[str]:

@@ -104,7 +104,14 @@ def cost(shape: Shape, params: MobaParams) -> Cost:
         "score": 2 * heads * read * shape.dim,
         "attend": 2 * heads * read * shape.dim_v,
     }
-    return Cost.of(shape, flops, index_bytes=4 * heads * n * min(params.topk, blocks), selection=("pool", "route"))
+    kv_heads, index = shape.batch * shape.kv_heads, 4 * heads * n * min(params.topk, blocks)
+    traffic = {
+        "pool": kv_heads * (shape.keys + blocks) * shape.dim,
+        "route": (heads * n + kv_heads * blocks) * shape.dim,
+        "attend": (heads * n + kv_heads * shape.keys) * (shape.dim + shape.dim_v),
+    }
+    moved = {"route": index, "permute": 2 * index, "attend": index}
+    return Cost.of(shape, flops, index_bytes=index, selection=("pool", "route", "permute"), traffic=traffic, index_traffic=moved)
 
 
 def _varlen_reasons(shape: Shape, params: Params, dtype: torch.dtype, device: str) -> list[str]:

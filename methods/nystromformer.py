@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from attnbench.eager import attend, expand_heads, masked_softmax, take, wide
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
+from attnbench.stages import stage
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from ._landmarks import bins, pool
@@ -106,28 +107,37 @@ def experts(q: Tensor, k: Tensor, v: Tensor, params: NystromformerParams) -> Fas
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, params: NystromformerParams) -> Tensor:
     """F and G by scaled_dot_product_attention; only M x M matrices are written."""
-    a, b = _landmarks(q, k, params)
-    read = scaled_dot_product_attention(a, k, v, enable_gqa=q.shape[1] != k.shape[1])
-    mixed = _fused_inverse(_affinity(a, b), params) @ wide(read)
-    return scaled_dot_product_attention(q, b, mixed.to(read.dtype))
+    with stage("pool"):
+        a, b = _landmarks(q, k, params)
+    with stage("compress"):
+        read = scaled_dot_product_attention(a, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    with stage("invert"):
+        mixed = (_fused_inverse(_affinity(a, b), params) @ wide(read)).to(read.dtype)
+    with stage("attend"):
+        return scaled_dot_product_attention(q, b, mixed)
 
 
 def cost(shape: Shape, params: NystromformerParams) -> Cost:
     """8 N M D + 4 M^2 D FLOP a head where Dv = D, and 8 M^3 a step of the inverse; the convolution of the module is left out."""
-    s, m, heads = shape, params.landmarks, shape.batch * shape.heads
+    s, m, heads, kv_heads = shape, params.landmarks, shape.batch * shape.heads, shape.batch * shape.kv_heads
     steps = 8 * params.iterations if params.inverse == "iterative" else _SVD + 2
     members = s.batch * s.dim * sum(b - a for a, b in bins(s.n, m))
     flops = {
         "pool": members * (s.heads + s.kv_heads),
         "probe": 2 * heads * m * s.keys * s.dim,
         "compress": 2 * heads * m * s.keys * s.dim_v,
-        "landmark scores": 2 * heads * m * m * s.dim,
-        "inverse": steps * heads * m**3,
-        "mix": 2 * heads * m * m * s.dim_v,
+        "invert": 2 * heads * m * m * (s.dim + s.dim_v) + steps * heads * m**3,
         "score": 2 * heads * s.n * m * s.dim,
         "attend": 2 * heads * s.n * m * s.dim_v,
     }
-    return Cost.of(s, flops, extra=heads * m * (2 * s.dim + s.dim_v))
+    traffic = {
+        "pool": heads * (s.n + m) * s.dim + kv_heads * (s.keys + m) * s.dim,
+        "probe": (heads * m + kv_heads * s.keys) * s.dim,
+        "compress": (heads * m + kv_heads * s.keys) * s.dim_v,
+        "invert": heads * m * (s.dim + 2 * s.dim_v) + kv_heads * m * s.dim,
+        "attend": heads * s.n * (s.dim + s.dim_v) + heads * m * s.dim_v + kv_heads * m * s.dim,
+    }
+    return Cost.of(s, flops, extra=heads * m * (2 * s.dim + s.dim_v), traffic=traffic)
 
 
 class NystromAttention(nn.Module):

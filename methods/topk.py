@@ -61,13 +61,19 @@ def cost(shape: Shape, params: TopkParams) -> Cost:
     The choice needs no gradient. Traffic: K rows of k and of v gathered for each query, and 4-byte indices.
     """
     heads = shape.batch * shape.heads
-    scored, read = (heads * _reads(shape, most, params.causal) for most in (shape.keys, params.topk))
+    scored, read = (heads * reads(shape, most, causal=params.causal) for most in (shape.keys, params.topk))
     flops = {"score": 2 * scored * shape.dim, "attend": 2 * read * (shape.dim + shape.dim_v)}
-    gathered = read * (shape.dim + shape.dim_v)
-    return Cost.of(shape, flops, extra=gathered, index_bytes=4 * heads * shape.n * min(params.topk, shape.keys), selection=("score",))
+    gathered, index = read * (shape.dim + shape.dim_v), 4 * heads * shape.n * min(params.topk, shape.keys)
+    traffic = {
+        "score": (heads * shape.n + shape.batch * shape.kv_heads * shape.keys) * shape.dim,
+        "gather": gathered,
+        "attend": heads * shape.n * (shape.dim + shape.dim_v),
+    }
+    written = {"select": index, "gather": index}
+    return Cost.of(shape, flops, extra=gathered, index_bytes=index, selection=("score", "select"), traffic=traffic, index_traffic=written)
 
 
-def _reads(shape: Shape, most: int, causal: bool) -> int:
+def reads(shape: Shape, most: int, *, causal: bool) -> int:
     """Pairs of a head when each query reads up to `most` of the keys it sees."""
     most = min(most, shape.keys)
     short = min(most, shape.n) if causal else 0  # causal queries that see at most `most` keys
