@@ -1,11 +1,16 @@
-"""Chunks of queries for implementations that never hold all scores: how large, and the backward pass of one."""
+"""Chunks of queries for implementations that never hold all scores: how large, their scores, and the backward pass of one."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from attnbench.eager import masked_softmax, wide
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 _BUDGET_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 """bytes that the intermediates of one chunk may take: small beside a GPU's memory, near the size of a CPU's caches"""
@@ -14,6 +19,26 @@ _BUDGET_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 def rows_per_chunk(x: Tensor, bytes_per_row: int) -> int:
     """Queries (at least 1) whose intermediates fit the budget of the device of `x`."""
     return max(1, _BUDGET_BYTES[x.device.type] // max(1, bytes_per_row))
+
+
+def row_chunks(x: Tensor, bytes_per_row: int) -> Iterator[slice]:
+    """Runs of queries of `x: [B, H, N, D]` that `rows_per_chunk` allows."""
+    step = rows_per_chunk(x, bytes_per_row)
+    for start in range(0, x.shape[2], step):
+        yield slice(start, min(start + step, x.shape[2]))
+
+
+def wide_scores(q: Tensor, k: Tensor) -> Tensor:
+    """`q k^T` `[B, H, R, M]` in at least float32, the heads of a group stacked so that k need not be repeated.
+
+    Half precision on a GPU is multiplied as it is and added up in float32, which is exact but for the order of the sums.
+    """
+    b, h, r, d = q.shape
+    fused = q.is_cuda and q.element_size() == 2 and hasattr(torch.ops.aten.bmm, "dtype")
+    left = (q if fused else wide(q)).reshape(b * k.shape[1], -1, d)
+    right = (k if fused else wide(k)).flatten(0, 1).transpose(1, 2)
+    scores = torch.bmm(left, right, out_dtype=torch.float32) if fused else left @ right
+    return scores.view(b, h, r, -1)
 
 
 def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
