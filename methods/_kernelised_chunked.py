@@ -1,0 +1,182 @@
+"""Bidirectional kernelised attention: half-precision features, tensor-core products summed in float32, an analytic backward pass.
+
+Keys and values fold into a state `[R, Dv + 1]`, the last column being z, both divided by M so that they fit float16. Features are made
+part by part, as a budget of bytes allows, and made anew in the backward pass: kept are the inputs, the states and the denominators.
+The queries of a group of heads are rows of their key head.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from attnbench.eager import wide
+from attnbench.stages import stage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ._kernel import Kernel, Part
+    from ._kernelised import Normaliser
+
+_SUMMED = 1024
+"""tokens summed by one product: a sum over all N in one product would leave most of a GPU idle"""
+
+
+def bidirectional(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
+    """`q: [B, H, N, D]` -> `[B, H, N, Dv]`. Features are rounded to the dtype of q; sums are in at least float32."""
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    out: Tensor = _Bidirectional.apply(grouped, k.unsqueeze(2), v.unsqueeze(2), kernel, *kernel.weights)  # type: ignore[no-untyped-call]
+    return out.flatten(1, 2)
+
+
+def outer_sum(a: Tensor, b: Tensor) -> Tensor:
+    """`a^T b` `[X, D, E]` in at least float32 of `a: [X, N, D]` and `b: [X, N, E]`, as a sum over runs of rows."""
+    x, n, d = a.shape
+    runs = next(r for r in range(max(1, n // _SUMMED), 0, -1) if n % r == 0)
+    left, right = a.reshape(x * runs, n // runs, d).transpose(1, 2), b.reshape(x * runs, n // runs, -1)
+    if a.is_cuda and a.element_size() == 2 and hasattr(torch.ops.aten.bmm, "dtype"):
+        products = torch.bmm(left, right, out_dtype=torch.float32)
+    else:
+        products = torch.bmm(left, right)
+    return products.view(x, runs, d, -1).sum(1, dtype=torch.promote_types(a.dtype, torch.float32))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`[b, h, g, n, X]` -> `[b h, g n, X]`."""
+    return x.flatten(2, 3).flatten(0, 1)
+
+
+def _state(k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
+    """S, z and columns of zeros up to a multiple of 8, as tensor cores want it, over M, in at least float32: `[B, Hkv, R, C]`."""
+    width, state = v.shape[4], None
+    padding = -(width + kernel.reads) % 8 + kernel.reads - 1
+    for part in kernel.parts("key", k, width):
+        key = kernel.features(part.of(k), part)
+        outer = outer_sum(_rows(key), _rows(part.of(v))).unflatten(0, key.shape[:2])
+        total = key.sum((2, 3), dtype=outer.dtype).unsqueeze(3)
+        sums = torch.cat([outer, total, total.new_zeros(1).expand(*total.shape[:3], padding)], 3)
+        state = _added(state, sums, part, k)
+    assert state is not None
+    return state / k.shape[3]
+
+
+def _added(total: Tensor | None, piece: Tensor, part: Part, x: Tensor) -> Tensor:
+    """Sums over tokens `[B, Hkv, R, C]` of `x` with a part of them added; the first piece itself where it is of all heads."""
+    if total is None and piece.shape[:2] == x.shape[:2]:
+        return piece
+    total = piece.new_zeros(*x.shape[:2], *piece.shape[2:]) if total is None else total
+    total[part.batch, part.heads].add_(piece)
+    return total
+
+
+def _denominate(total: Tensor, keys: int, kernel: Kernel, out: Tensor) -> None:
+    """What mixed values are divided by: infinite where a query or all keys have no features, so that it reads and changes nothing."""
+    norm = kernel.norm
+    torch.add(total, norm.add if norm.mean else norm.add / keys, out=out)
+    if norm.least:
+        out.clamp_(min=_least(norm, keys, out))
+    if kernel.vanishes:
+        out.masked_fill_(total == 0, torch.inf)
+
+
+def _least(norm: Normaliser, keys: int, like: Tensor) -> float:
+    """The bound of denominators over M, in the dtype of `like`."""
+    return float(torch.tensor(norm.least / keys, dtype=like.dtype))
+
+
+def _centred(matrix: Tensor, width: int, kernel: Kernel, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What half-precision queries multiply, less the mean value `[B, Hkv, Dv, 1]`: rounded gradients are then no small differences."""
+    if x.element_size() != 2:
+        return matrix, None
+    centred, means = matrix.clone(), []
+    for i, c in enumerate(kernel.columns(width)):
+        total = matrix[..., width + i : width + i + 1]
+        sums = total.sum(2, keepdim=True)
+        sums = sums.clamp(min=torch.finfo(sums.dtype).tiny) if kernel.vanishes else sums
+        means.append(matrix[..., c].sum(2, keepdim=True) / sums)
+        centred[..., c].sub_(total * means[-1])
+    return centred, torch.cat(means, 3).transpose(2, 3)
+
+
+class _Bidirectional(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, *weights: Tensor) -> Tensor:
+        """`q: [B, Hkv, G, N, D]`, `k: [B, Hkv, 1, M, D]`, `v: [B, Hkv, 1, M, Dv]` -> `[B, Hkv, G, N, Dv]`."""
+        width, out = v.shape[4], q.new_empty(*q.shape[:4], v.shape[4])
+        totals = q.new_empty(*q.shape[:4], kernel.reads)
+        with stage("state"):
+            matrix = kernel.spread(_state(k, v, kernel))
+            rounded = matrix.to(q.dtype)
+        with stage("attend"):
+            for part in kernel.parts("query", q, width):
+                query = kernel.features(part.of(q), part)
+                mixed = torch.bmm(_rows(query), rounded[part.batch, part.heads].flatten(0, 1)).view(*query.shape[:4], -1)
+                _denominate(mixed[..., width : width + kernel.reads], k.shape[3], kernel, part.of(totals))
+                for i, c in enumerate(kernel.columns(width)):
+                    torch.div(mixed[..., c], part.of(totals)[..., i : i + 1], out=part.of(out)[..., c])
+        ctx.save_for_backward(q, k, v, matrix, totals, *weights)
+        ctx.kernel = kernel
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """With `a = g / n` and `r = -a.o`: `dphi(q) = a S^T + r z^T`, `dS = phi(q)^T a`, `dz = phi(q)^T r`, `dphi(k) = v dS^T + dz`,
+        `dv = phi(k) dS`; taking the mean off v takes it off o and changes dz alone."""
+        q, k, v, matrix, totals, *weights = ctx.saved_tensors
+        width, kernel = v.shape[4], ctx.kernel
+        sums = [torch.zeros_like(wide(w)) for w in weights]
+        centred, mean = _centred(matrix, width, kernel, v)
+        dq, dmatrix = _read_backward(grad, q, totals, centred, kernel=kernel, keys=k.shape[3], sums=sums)
+        ds, dz, _ = kernel.gather(dmatrix).split([width, 1, matrix.shape[3] - width - 1], 3)
+        dk, dv = _state_backward(ds, dz if mean is None else dz - ds @ mean, k, v, kernel=kernel, sums=sums)
+        return dq, dk, dv, None, *(x.to(w.dtype) for x, w in zip(sums, weights, strict=True))
+
+
+def _read_backward(
+    grad: Tensor, q: Tensor, totals: Tensor, matrix: Tensor, *, kernel: Kernel, keys: int, sums: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the queries and, in at least float32, of what they multiply; those of weights are added to `sums`."""
+    width, dq, rounded, dmatrix = grad.shape[4], q.new_empty(q.shape), matrix.to(q.dtype), None
+    for part in kernel.parts("query", q, width):
+        own, query = rounded[part.batch, part.heads].flatten(0, 1), kernel.features(part.of(q), part)
+        a = grad.new_empty(*query.shape[:4], matrix.shape[3])
+        a[..., width:] = 0
+        product = torch.bmm(_rows(query), own[..., :width]).view(*query.shape[:4], width)
+        for i, c in enumerate(kernel.columns(width)):
+            total = part.of(totals)[..., i : i + 1]
+            torch.div(part.of(grad)[..., c], total, out=a[..., c])
+            weight = product[..., c].mul_(a[..., c]).sum(-1, dtype=matrix.dtype)
+            a[..., width + i] = -weight / _sloping(total, kernel.norm, keys)[..., 0]
+        dmatrix = _added(dmatrix, outer_sum(_rows(query), _rows(a)).unflatten(0, query.shape[:2]), part, q)
+        dfeatures = torch.bmm(_rows(a), own.transpose(1, 2)).view_as(query)
+        _add(sums, kernel.backward(dfeatures, query, part.of(q), part, part.of(dq)))
+    assert dmatrix is not None
+    return dq, dmatrix
+
+
+def _sloping(total: Tensor, norm: Normaliser, keys: int) -> Tensor:
+    """Denominators, infinite where they are at their bound, which has no slope."""
+    return total.masked_fill(total <= _least(norm, keys, total), torch.inf) if norm.least else total
+
+
+def _state_backward(ds: Tensor, dz: Tensor, k: Tensor, v: Tensor, *, kernel: Kernel, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Gradients of the keys and values; those of weights are added to `sums`."""
+    dk, dv, share = k.new_empty(k.shape), v.new_empty(v.shape), 1 / k.shape[3]
+    for part in kernel.parts("key", k, v.shape[4]):
+        key, values, dvalues = kernel.features(part.of(k), part), _rows(part.of(v)), part.of(dv)
+        own, bias = (x[part.batch, part.heads].flatten(0, 1).to(v.dtype) for x in (ds, dz))
+        target = dvalues.view(-1, *dvalues.shape[3:])
+        torch.baddbmm(target, _rows(key), own, beta=0, alpha=share, out=target)
+        dfeatures = torch.baddbmm(bias.transpose(1, 2), values, own.transpose(1, 2), beta=share, alpha=share).view_as(key)
+        _add(sums, kernel.backward(dfeatures, key, part.of(k), part, part.of(dk)))
+    return dk, dv
+
+
+def _add(sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    for total, grad in zip(sums, grads, strict=True):
+        total.add_(grad)
