@@ -11,6 +11,7 @@ from attnbench.eager import expand_heads, wide
 from attnbench.stages import stage
 
 from ._landmarks import landmarks
+from ._routes import largest
 from ._varlen import Part, group_by_expert, make_part, merged_attention
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, params: MitaParams) -> Tensor:
         parts.append(_shared_part(r, values, q.shape[2]))
         scales.append(params.landmark_factor(q.shape[-1]))
     if params.routed:
-        parts += _routed_parts(q, k, v, r, params)
-        scales += [q.shape[-1] ** -0.5] * params.experts_per_query
+        parts.append(_routed_part(q, k, v, r, params))
+        scales.append(q.shape[-1] ** -0.5)
     return merged_attention(q.flatten(0, 2), parts, scales).view(*q.shape[:3], -1)
 
 
@@ -44,20 +45,18 @@ def _shared_part(r: Tensor, values: Tensor, n: int) -> Part:
     return Part(None, r.flatten(0, 2), values.flatten(0, 2), edges * n, edges * m, n, m)
 
 
-def _routed_parts(q: Tensor, k: Tensor, v: Tensor, r: Tensor, params: MitaParams) -> list[Part]:
-    """One part for each of the S experts that a query reads; all of them have the same keys."""
+def _routed_part(q: Tensor, k: Tensor, v: Tensor, r: Tensor, params: MitaParams) -> Part:
+    """Queries against the tokens of the S experts that each of them reads."""
     members, routes = _select(q, k, r, params)
     head = torch.arange(q.shape[0] * q.shape[1], device=q.device).view(*q.shape[:2], 1, 1)
     with stage("gather"):
         tokens = (members + head * k.shape[2]).flatten()
-        keys, values = k.flatten(0, 2)[tokens], v.flatten(0, 2)[tokens]
-    experts, parts = q.shape[0] * q.shape[1] * params.landmarks, []
+        keys, values = (x.flatten(0, 2).index_select(0, tokens) for x in (k, v))
+    experts = q.shape[0] * q.shape[1] * params.landmarks
     with stage("permute"):
-        widths, ids = torch.full((experts,), params.topk, device=q.device), (routes + head * params.landmarks).flatten(0, 2)
-        for slot in ids.unbind(-1):
-            order, counts = group_by_expert(slot, experts)
-            parts.append(make_part(order, counts, keys, values, widths))
-    return parts
+        order, counts = group_by_expert((routes + head * params.landmarks).flatten(), experts)
+        widths = torch.full((experts,), params.topk, device=q.device)
+        return make_part(order, counts, keys, values, widths, slots=params.experts_per_query)
 
 
 @torch.no_grad()
@@ -69,5 +68,5 @@ def _select(q: Tensor, k: Tensor, r: Tensor, params: MitaParams) -> tuple[Tensor
     with stage("select"):
         members = probe.topk(params.topk, -1).indices
     with stage("route"):
-        routes = [(wide(part) @ r.transpose(-1, -2)).topk(params.experts_per_query, -1).indices for part in q.split(_TOKENS, 2)]
+        routes = [largest(wide(part) @ r.transpose(-1, -2), params.experts_per_query)[1] for part in q.split(_TOKENS, 2)]
         return members, torch.cat(routes, 2)

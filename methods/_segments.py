@@ -1,5 +1,6 @@
 """Attention inside segments: query rows and key rows lie segment after segment, and a query reads the keys of its own segment.
 
+Rows hold all heads, `[R, H, D]`, which share the segments.
 On CUDA this is torch's variable-length flash attention, called through its operators because the log-sum-exp is needed and the
 backward pass must accept one that was merged with that of other segments. Elsewhere it is a loop, in any float dtype.
 """
@@ -40,19 +41,19 @@ class Saved(NamedTuple):
     """What the backward pass of a segment needs."""
 
     q: Tensor
-    """`[R, D]`"""
+    """`[R, H, D]`"""
     k: Tensor
-    """`[T, D]`"""
+    """`[T, Hkv, D]`"""
     v: Tensor
-    """`[T, Dv]`"""
+    """`[T, Hkv, Dv]`"""
     out: Tensor
-    """`[R, Dv]`, of the softmax over these keys and any others"""
+    """`[R, H, Dv]`, of the softmax over these keys and any others, as `kept` gives it"""
     lse: Tensor
-    """`[R]`, likewise; +inf where a row reads nothing"""
+    """`[H, R]`, likewise; +inf where a row reads nothing"""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Output `[R, Dv]` and log-sum-exp `[R]` (-inf where a segment has no keys) of `q: [R, D]`, `k: [T, D]`, `v: [T, Dv]`."""
+    """Output `[R, H, Dv]` and log-sum-exp `[H, R]`, -inf where a segment has no keys, of `q: [R, H, D]` and `k: [T, Hkv, D]`."""
     return _flash_forward(q, k, v, layout) if q.is_cuda else _loop_forward(q, k, v, layout)
 
 
@@ -64,42 +65,66 @@ def backward(grad: Tensor, saved: Saved, layout: Layout) -> tuple[Tensor, Tensor
     return _flash_backward(grad, saved, layout) if grad.is_cuda else _loop_backward(grad, saved, layout)
 
 
+def kept(out: Tensor, like: Tensor) -> Tensor:
+    """The output, in at least float32, as the backward pass takes it.
+
+    Flash attention wants the type of q. Where one key carries a softmax, `grad v^T - delta` is a small difference, and rounded outputs
+    are what limits its accuracy: the loop keeps them wide.
+    """
+    return out.to(like.dtype) if like.is_cuda else out
+
+
 def _slices(layout: Layout) -> Iterator[tuple[slice, slice]]:
     q, k = layout.cu_q.tolist(), layout.cu_k.tolist()
     for s in range(len(q) - 1):
         yield slice(q[s], q[s + 1]), slice(k[s], k[s + 1])
 
 
+def _by_head(x: Tensor, heads: int) -> Tensor:
+    """`[T, Hkv, D]` -> `[H, T, D]`, wide, key heads repeated."""
+    return wide(x).transpose(0, 1).repeat_interleave(heads // x.shape[1], 0)
+
+
+def _by_row(x: Tensor, heads: int) -> Tensor:
+    """`[H, T, D]` -> `[T, heads, D]`, summed over the heads of a group."""
+    summed: Tensor = x.unflatten(0, (heads, -1)).sum(1)
+    return summed.transpose(0, 1)
+
+
 def _logits(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
-    logits = layout.scale * (wide(q) @ wide(k).T)
+    """`[H, r, t]` of one segment."""
+    logits = layout.scale * (_by_head(q, q.shape[1]) @ _by_head(k, q.shape[1]).mT)
     future = torch.ones_like(logits, dtype=torch.bool).triu(1)
     return logits.masked_fill(future, float("-inf")) if layout.causal else logits
 
 
 def _loop_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    out = v.new_empty(q.shape[0], v.shape[1])
-    lse = wide(q).new_empty(q.shape[0])
+    heads, out = q.shape[1], v.new_empty(*q.shape[:2], v.shape[2])
+    lse = wide(q).new_empty(heads, len(q))
     for i, j in _slices(layout):
         logits = _logits(q[i], k[j], layout)
-        lse[i] = logits.logsumexp(-1)
-        out[i] = ((logits - lse[i, None]).exp() @ wide(v[j])).to(v.dtype)
+        lse[:, i] = logits.logsumexp(-1)
+        out[i] = ((logits - lse[:, i, None]).exp() @ _by_head(v[j], heads)).transpose(0, 1).to(v.dtype)
     return out, lse
 
 
 def _loop_backward(grad: Tensor, saved: Saved, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    delta = (wide(grad) * wide(out)).sum(-1, keepdim=True)
+    heads, groups = q.shape[1], k.shape[1]
+    delta = (wide(grad) * wide(out)).sum(-1).T.unsqueeze(-1)
     for i, j in _slices(layout):
-        p = (_logits(q[i], k[j], layout) - lse[i, None]).exp()
-        ds = layout.scale * p * (wide(grad[i]) @ wide(v[j]).T - delta[i])
-        dq[i], dk[j], dv[j] = (ds @ wide(k[j])).to(q.dtype), (ds.T @ wide(q[i])).to(k.dtype), (p.T @ wide(grad[i])).to(v.dtype)
+        queries, keys, values, upstream = _by_head(q[i], heads), _by_head(k[j], heads), _by_head(v[j], heads), _by_head(grad[i], heads)
+        p = (_logits(q[i], k[j], layout) - lse[:, i, None]).exp()
+        ds = layout.scale * p * (upstream @ values.mT - delta[:, i])
+        dq[i] = (ds @ keys).transpose(0, 1).to(q.dtype)
+        dk[j], dv[j] = _by_row(ds.mT @ queries, groups).to(k.dtype), _by_row(p.mT @ upstream, groups).to(v.dtype)
     return dq, dk, dv
 
 
-def _one_head(width: int, *tensors: Tensor) -> list[Tensor]:
-    """`[R, D]` -> `[R, 1, width]`, zero columns added."""
-    return [pad(x, (0, width - x.shape[-1])).unsqueeze(1).contiguous() for x in tensors]
+def _padded(width: int, *tensors: Tensor) -> list[Tensor]:
+    """`[R, H, D]` -> `[R, H, width]`, zero columns added where there are fewer."""
+    return [(x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1]))).contiguous() for x in tensors]
 
 
 def _flash_width(q: Tensor, v: Tensor) -> int:
@@ -108,19 +133,19 @@ def _flash_width(q: Tensor, v: Tensor) -> int:
 
 
 def _flash_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    q3, k3, v3 = _one_head(_flash_width(q, v), q, k, v)
+    q3, k3, v3 = _padded(_flash_width(q, v), q, k, v)
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q3, k3, v3, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, 0.0, layout.causal, False, scale=layout.scale
     )
-    return out[:, 0, : v.shape[1]], lse[0].masked_fill(lse[0] == float("inf"), float("-inf"))  # flash marks empty rows by +inf
+    return out[..., : v.shape[2]], lse.masked_fill(lse == float("inf"), float("-inf"))  # flash marks empty rows by +inf
 
 
 def _flash_backward(grad: Tensor, saved: Saved, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, out, lse = saved
-    grad3, q3, k3, v3, out3 = _one_head(_flash_width(q, v), grad, q, k, v, out)
+    grad3, q3, k3, v3, out3 = _padded(_flash_width(q, v), grad, q, k, v, out)
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the random generator: there is no dropout
     dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        grad3, q3, k3, v3, out3, lse[None].contiguous(), layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, 0.0, layout.causal,
+        grad3, q3, k3, v3, out3, lse.contiguous(), layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, 0.0, layout.causal,
         state, state.new_empty(()), scale=layout.scale,
     )  # fmt: skip
-    return dq[:, 0, : q.shape[1]], dk[:, 0, : k.shape[1]], dv[:, 0, : v.shape[1]]
+    return dq[..., : q.shape[2]], dk[..., : k.shape[2]], dv[..., : v.shape[2]]

@@ -17,6 +17,7 @@ from attnbench.eager import wide
 from attnbench.stages import stage
 
 from . import _segments
+from ._slots import Rows, add_up
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
     from attnbench.method import Params, Shape
 
-_MERGE_ROWS = 1 << 18  # rows merged at a time, so that no float32 copy of all rows exists
 _MAX_SEGMENTS = 65535  # the flash kernels put segments on the second axis of a CUDA grid
 
 
@@ -33,8 +33,8 @@ _MAX_SEGMENTS = 65535  # the flash kernels put segments on the second axis of a 
 class Part:
     """One set of segments. Make it with `make_part`, which drops segments without queries: flash attention forbids them."""
 
-    q_rows: Tensor | None
-    """`[R']` rows of the flat queries in segment order, each at most once; None: all rows as they are"""
+    entries: Tensor | None
+    """`[R']` in segment order, each at most once: entry `row * slots + slot` is a row of the flat queries; None: all rows as they are"""
     k: Tensor
     """`[T, D]` keys in segment order"""
     v: Tensor
@@ -49,6 +49,8 @@ class Part:
     """at least the longest run of keys"""
     causal: bool = False
     """query t of a segment reads its first t + 1 keys; each segment then has as many keys as queries"""
+    slots: int = 1
+    """segments that a row reads at most"""
 
 
 def group_by_expert(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
@@ -56,8 +58,9 @@ def group_by_expert(ids: Tensor, experts: int) -> tuple[Tensor, Tensor]:
 
     Rows keep their order inside an expert. An id of `experts` means none: such rows come last and are not counted.
     """
-    ordered, order = ids.to(torch.int32).sort(stable=True)
-    edges = torch.searchsorted(ordered, torch.arange(experts + 1, dtype=torch.int32, device=ids.device))
+    compact = torch.int16 if experts < 1 << 15 else torch.int32  # a radix sort takes as many passes as there are bits
+    ordered, order = ids.to(compact).sort(stable=True)
+    edges = torch.searchsorted(ordered, torch.arange(experts + 1, dtype=compact, device=ids.device))
     return order, edges.diff()
 
 
@@ -66,29 +69,29 @@ def offsets(counts: Tensor) -> Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
 
 
-def make_part(q_rows: Tensor, counts_q: Tensor, k: Tensor, v: Tensor, counts_k: Tensor, *, causal: bool = False) -> Part:
+def make_part(entries: Tensor, counts_q: Tensor, k: Tensor, v: Tensor, counts_k: Tensor, *, causal: bool = False, slots: int = 1) -> Part:
     """A part of S segments of `counts_q: [S]` queries and `counts_k: [S]` keys; segments without queries are left out.
 
-    `q_rows` beyond the sum of `counts_q` is ignored. Reads sizes back from the device: one synchronisation, and a second one
+    `entries` beyond the sum of `counts_q` is ignored. Reads sizes back from the device: one synchronisation, and a second one
     and a copy of the keys where a segment is left out.
     """
     used = counts_q > 0
     rows, kept, max_q, max_k = torch.stack([counts_q.sum(), used.sum(), counts_q.max(), counts_k.max()]).tolist()
     if kept < len(counts_q):
         held = used.repeat_interleave(counts_k, output_size=k.shape[0]).nonzero()[:, 0]
-        k, v, counts_q, counts_k = k[held], v[held], counts_q[used], counts_k[used]
-    return Part(q_rows[:rows], k, v, offsets(counts_q), offsets(counts_k), max_q, max_k, causal)
+        k, v, counts_q, counts_k = k.index_select(0, held), v.index_select(0, held), counts_q[used], counts_k[used]
+    return Part(entries[:rows], k, v, offsets(counts_q), offsets(counts_k), max_q, max_k, causal, slots)
 
 
 def merged_attention(q: Tensor, parts: Sequence[Part], scale: float | Sequence[float]) -> Tensor:
     """Softmax attention of `q: [R, D]` over the union of what each row reads in `parts` -> `[R, Dv]`, zero where it reads nothing.
 
     `scale` is one factor of q . k, or one a part. Differentiable in q and in the keys and values of each part.
-    A row that reads several segments of one kind takes part in several parts, one a slot.
+    A row that reads several segments of one part has a slot for each.
     """
     scales = [scale] * len(parts) if isinstance(scale, (int, float)) else list(scale)
     tensors = [x for part in parts for x in (part.k, part.v)]
-    rows = [part.q_rows for part in parts]
+    rows = [Rows.of(part.entries, part.slots, len(q)) for part in parts]
     layouts = [_segments.Layout(p.cu_q, p.cu_k, p.max_q, p.max_k, p.causal, s) for p, s in zip(parts, scales, strict=True)]
     out: Tensor = _MergedAttention.apply(q, rows, layouts, *tensors)  # type: ignore[no-untyped-call]
     return out
@@ -111,68 +114,48 @@ def segment_reasons(segments: int, device: str) -> list[str]:
     return [f"{segments} segments (batch x heads x experts) exceed the {_MAX_SEGMENTS} of one flash attention call"]
 
 
-def _take(x: Tensor, rows: Tensor | None) -> Tensor:
-    return x if rows is None else x[rows]
-
-
-def _place(rows: Tensor | None, total: int) -> Tensor | None:
-    """Inverse of `rows`: where each of `total` rows lies in a part, -1 where it does not."""
-    if rows is None:
-        return None
-    place = torch.full((total,), -1, dtype=torch.long, device=rows.device)
-    place[rows] = torch.arange(len(rows), device=rows.device)
-    return place
-
-
-def _sum_parts(pieces: Sequence[Tensor], places: Sequence[Tensor | None], weights: Sequence[Tensor] | None, like: Tensor) -> Tensor:
-    """Sum over parts of `weight * piece`, brought back to the order of all rows; added up in at least float32."""
-    out = torch.empty_like(like)
-    for start in range(0, len(out), _MERGE_ROWS):
-        chunk = slice(start, start + _MERGE_ROWS)
-        total = torch.zeros_like(wide(out[chunk]))
-        for p, (piece, place) in enumerate(zip(pieces, places, strict=True)):
-            if piece.shape[0] == 0:
-                continue
-            x = wide(piece[chunk] if place is None else piece[place[chunk].clamp(min=0)])
-            x = x * weights[p][chunk, None] if weights else x
-            total += x if place is None else x.masked_fill((place[chunk] < 0)[:, None], 0.0)
-        out[chunk] = total.to(out.dtype)
-    return out
-
-
 class _MergedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, rows: list[Tensor | None], layouts: list[_segments.Layout], *tensors: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, rows: list[Rows], layouts: list[_segments.Layout], *tensors: Tensor) -> Tensor:
         outputs, shares = [], []
         for row, layout, k, v in zip(rows, layouts, tensors[::2], tensors[1::2], strict=True):
             with stage("permute"):
-                q_part = _take(q, row)
+                q_part = row.take(q)
             with stage("attend"):
-                o, lse = _segments.forward(q_part, k, v, layout) if layout.max_q else (v.new_empty(0, v.shape[1]), wide(q.new_empty(0)))
-            outputs.append(o)
+                o, lse = _attend(q_part, k, v, layout)
             with stage("merge"):
-                shares.append(lse if row is None else lse.new_full((len(q),), float("-inf")).index_copy(0, row, lse))
+                outputs.append(o)
+                shares.append(row.shares(lse))
         with stage("merge"):
-            places = [_place(r, len(q)) for r in rows]
-            total = torch.stack(shares).logsumexp(0)
-            weights = [(share - total).exp().masked_fill(share == float("-inf"), 0.0) for share in shares]
-            out = _sum_parts(outputs, places, weights, q.new_empty(len(q), tensors[1].shape[1]))
+            share = torch.cat(shares, 1)
+            total = share.logsumexp(1)
+            total.masked_fill_(total == float("-inf"), float("inf"))  # rows that read nothing: exp(s - total) is 0
+            weights = share.sub_(total[:, None]).exp_().split([x.shape[1] for x in shares], 1)
+            out = _segments.kept(add_up(wide(q[:0]).new_empty(len(q), tensors[1].shape[1]), outputs, rows, weights), q)
         ctx.save_for_backward(q, out, total, *tensors)
         ctx.rows, ctx.layouts = rows, layouts
-        return out
+        return out.to(q.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse, *tensors = ctx.saved_tensors
-        lse = lse.masked_fill(lse == float("-inf"), float("inf"))  # rows that read nothing: exp(s - lse) is 0
         dq_parts, grads = [], []
         for row, layout, k, v in zip(ctx.rows, ctx.layouts, tensors[::2], tensors[1::2], strict=True):
             if layout.max_q:
-                saved = _segments.Saved(_take(q, row), k, v, _take(out, row), _take(lse, row))
-                dq, dk, dv = _segments.backward(_take(grad, row), saved, layout)
+                taken = [row.take(x).unsqueeze(1) for x in (grad, q, out)]
+                saved = _segments.Saved(taken[1], k.unsqueeze(1), v.unsqueeze(1), taken[2], row.take(lse)[None])
+                dq, dk, dv = (x.squeeze(1) for x in _segments.backward(taken[0], saved, layout))
             else:
                 dq, dk, dv = q.new_empty(0, q.shape[1]), torch.zeros_like(k), torch.zeros_like(v)
             dq_parts.append(dq)
             grads += [dk, dv]
-        return (_sum_parts(dq_parts, [_place(r, len(q)) for r in ctx.rows], None, q), None, None, *grads)
+        return (add_up(torch.empty_like(q), dq_parts, ctx.rows), None, None, *grads)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, layout: _segments.Layout) -> tuple[Tensor, Tensor]:
+    """Output `[R', Dv]` and log-sum-exp `[R']` of one part."""
+    if not layout.max_q:
+        return v.new_empty(0, v.shape[1]), wide(q.new_empty(0))
+    out, lse = _segments.forward(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), layout)
+    return out.squeeze(1), lse[0]

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from attnbench.eager import attend, causal_mask, expand_heads, positions, take, wide
 from attnbench.fastweights import Bank, FastWeights
@@ -44,9 +43,21 @@ def block_lengths(keys: int, params: MobaParams, device: torch.device) -> Tensor
 @torch.no_grad()
 def block_means(k: Tensor, params: MobaParams) -> Tensor:
     """Mean key of each block, `[B, Hkv, M, D]` -> `[B, Hkv, E, D]` in at least float32."""
-    b, h, keys, d = k.shape
-    full = pad(wide(k), (0, 0, 0, -keys % params.block)).view(b, h, -1, params.block, d)
-    return full.sum(3) / block_lengths(keys, params, k.device)[:, None]
+    whole, dtype = k.shape[2] // params.block * params.block, torch.promote_types(k.dtype, torch.float32)
+    means = [k[:, :, :whole].unflatten(2, (-1, params.block)).mean(3, dtype=dtype)] if whole else []
+    rest = [k[:, :, whole:].mean(2, keepdim=True, dtype=dtype)] if whole < k.shape[2] else []
+    return torch.cat([*means, *rest], 2)
+
+
+@torch.no_grad()
+def block_scores(q: Tensor, means: Tensor, rows: Tensor, params: MobaParams) -> Tensor:
+    """Score `[B, H, R, E]` of each block for the queries at positions `rows`. Causal: -inf for later blocks, +inf for a query's own."""
+    means, _ = expand_heads(q, means, means)
+    scores = wide(q) @ means.transpose(-1, -2)
+    if params.causal:
+        block, own = torch.arange(means.shape[2], device=q.device), rows[:, None] // params.block
+        scores.masked_fill_(block > own, float("-inf")).masked_fill_(block == own, float("inf"))
+    return scores
 
 
 @torch.no_grad()
@@ -55,12 +66,7 @@ def choose(q: Tensor, means: Tensor, rows: Tensor, params: MobaParams) -> Tensor
 
     `S = min(K, E)`. Causal, the query's own block comes first.
     """
-    means, _ = expand_heads(q, means, means)
-    scores = wide(q) @ means.transpose(-1, -2)
-    if params.causal:
-        block, own = torch.arange(means.shape[2], device=q.device), rows[:, None] // params.block
-        scores = scores.masked_fill(block > own, float("-inf")).masked_fill(block == own, float("inf"))
-    best = scores.topk(min(params.topk, means.shape[2]), -1)
+    best = block_scores(q, means, rows, params).topk(min(params.topk, means.shape[2]), -1)
     return best.indices.masked_fill(best.values == float("-inf"), -1)
 
 

@@ -225,7 +225,7 @@ def two_parts_dense(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> 
 
 @pytest.mark.parametrize("merged_at_once", [5, 12])
 def test_parts_with_unused_experts_and_idle_rows_merge_to_one_softmax(merged_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnbench.methods._varlen._MERGE_ROWS", merged_at_once)
+    monkeypatch.setattr("attnbench.methods._slots._MERGE_ROWS", merged_at_once)
     generator = torch.Generator().manual_seed(0)
     shapes = [(12, 4), (10, 4), (10, 3), (10, 4), (10, 3)]
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in shapes]
