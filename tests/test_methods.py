@@ -112,7 +112,7 @@ def test_a_batch_element_does_not_see_the_others(method: Method) -> None:
 
 
 def test_heads_are_coupled_only_where_declared(method: Method) -> None:
-    shape = Shape(1, 3, 40, 8)
+    shape = Shape(1, 3, 400, 8)  # long enough that regions are left out
     params = settled(method, shape, False)
     q, k, v = doubles(shape)
     own = options(stirred(method, shape, params))
