@@ -9,8 +9,9 @@ DeepSeek-AI 2025, "DeepSeek-V3.2", https://arxiv.org/abs/2512.02556; indexer aft
 Departures: the paper's indexer reads the layer's input and its compressed query, this one q and k; main attention is over the given
 heads, not latent attention; no rotary embedding and no 8-bit numbers in the indexer, and no Hadamard rotation, which changes no product.
 Bidirectional, our addition: nothing is hidden. The paper's K = 2048 is kept; its H_I = 64 and d_I = 128 serve 128 heads, and would
-cost twice what dense attention costs at 16 heads of 64, so that the defaults are 4 and 32: there a sixteenth of it. No gradient
-passes the choice: the paper trains the indexer by a loss of its own, and as initialised it chooses by random projections.
+cost twice what dense attention costs at 16 heads of 64, so that the defaults are 4 and 32: there a sixteenth of it. Scores tie where
+no head of the indexer fires: then the earlier keys are read. No gradient passes the choice: the paper trains the indexer by a loss of
+its own, and as initialised it chooses by random projections.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, relu
 
-from attnbench.eager import attend, expand_heads, positions, take, wide
+from attnbench.eager import attend, causal_mask, expand_heads, positions, take, wide
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Shape, Weights, given, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
@@ -94,9 +95,21 @@ def index_scores(query: Tensor, gate: Tensor, key: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def first_best(scores: Tensor, rows: Tensor, params: TopkParams) -> Tensor:
+    """Keys `[B, 1, R, K]` with the largest `scores: [B, 1, R, M]`, the earlier ones where scores tie; -1 where there is none."""
+    if params.causal:
+        scores = scores.masked_fill(~causal_mask(rows, scores.shape[-1]), float("-inf"))
+    count = min(params.topk, scores.shape[-1])
+    least = scores.topk(count, -1, sorted=False).values.amin(-1, keepdim=True)
+    late = scores == least
+    late &= late.cumsum(-1) > count - (scores > least).sum(-1, keepdim=True)
+    return choose(scores.masked_fill(late, float("-inf")), rows, params)
+
+
+@torch.no_grad()
 def chosen(q: Tensor, k: Tensor, rows: Tensor, params: DsaParams, w: Mapping[str, Tensor]) -> Tensor:
     """Keys `[B, 1, R, K]` of the queries `q: [B, H, R, D]` at positions `rows`, the same for all heads; -1 where there is none."""
-    return choose(index_scores(*index_queries(q, params, w), index_keys(k, params, w)), rows, params)
+    return first_best(index_scores(*index_queries(q, params, w), index_keys(k, params, w)), rows, params)
 
 
 def reference(
