@@ -60,9 +60,12 @@ class Cost:
         index_traffic: Mapping[str, int] | None = None,
     ) -> Self:
         """A cost whose traffic is q, k, v and the output once, plus `extra` elements."""
-        s = shape
-        io = s.batch * (s.heads * s.n * (s.dim + s.dim_v) + s.kv_heads * s.keys * (s.dim + s.dim_v))
-        return cls(dict(flops), io + extra, index_bytes, recomputes, selection, dict(traffic or {}), dict(index_traffic or {}))
+        return cls(dict(flops), cls.once(shape) + extra, index_bytes, recomputes, selection, dict(traffic or {}), dict(index_traffic or {}))
+
+    @staticmethod
+    def once(shape: Shape) -> int:
+        """Elements of q, k, v and the output."""
+        return shape.batch * (shape.heads * shape.n + shape.kv_heads * shape.keys) * (shape.dim + shape.dim_v)
 
     def total(self, mode: str = "forward") -> int:
         """FLOP of `forward` or `forward+backward`."""

@@ -21,7 +21,8 @@ def load(results: Path) -> tuple[pd.DataFrame, list[str]]:
 
     Columns: `suite`, `device`, `label` (`method@implementation` as asked), `method`, `implementation` (what ran), the fields of
     the case, `params` (JSON), `status`, `reason`, `started`, `samples_s` (tuple), `time_s` (median), memory in `*_bytes`, `flops`, `bytes`,
-    one column a task metric, and the environment's `gpu`, `copy_bytes_per_s`, `matmul_flops_per_s` where measured.
+    one column a task metric, `breakdown` as recorded where it was asked for, and the environment's `gpu`, `copy_bytes_per_s`,
+    `matmul_flops_per_s` where measured.
     """
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -72,6 +73,8 @@ def _row(record: Record, suite: str, environment: dict[str, Any]) -> dict[str, A
             "throttled": record.timing.throttled,
             "clock": record.timing.clock,
         }
+    if record.breakdown:
+        row["breakdown"] = record.breakdown
     if record.memory:
         row |= {k: v for k, v in vars(record.memory).items() if k.endswith("_bytes")}
     return row

@@ -62,7 +62,8 @@ def cost(shape: Shape, params: SlidingWindowParams) -> Cost:
     before, after = (min(reach, shape.n - 1) for reach in params.reach)
     pairs = shape.n * (before + after + 1) - (before * (before + 1) + after * (after + 1)) // 2
     heads = shape.batch * shape.heads
-    return Cost.of(shape, {"score": 2 * heads * pairs * shape.dim, "attend": 2 * heads * pairs * shape.dim_v})
+    flops = {"score": 2 * heads * pairs * shape.dim, "attend": 2 * heads * pairs * shape.dim_v}
+    return Cost.of(shape, flops, traffic={"attend": Cost.once(shape)})
 
 
 METHOD = Method(

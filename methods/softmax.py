@@ -41,7 +41,8 @@ def cost(shape: Shape, params: Params) -> Cost:
     """2 N M (D + Dv) FLOP a head; the lower triangle of it where causal."""
     pairs = shape.n * (shape.n + 1) // 2 if params.causal else shape.n * shape.keys
     heads = shape.batch * shape.heads
-    return Cost.of(shape, {"score": 2 * heads * pairs * shape.dim, "attend": 2 * heads * pairs * shape.dim_v})
+    flops = {"score": 2 * heads * pairs * shape.dim, "attend": 2 * heads * pairs * shape.dim_v}
+    return Cost.of(shape, flops, traffic={"attend": Cost.once(shape)})
 
 
 def _sdpa(name: str, limits: Limits, *operators: str) -> Implementation:
