@@ -19,7 +19,7 @@ import attnbench
 import attnbench.nn.attention
 from attnbench import registry
 from attnbench.errors import UserError
-from attnbench.method import Method, Shape
+from attnbench.method import Method, Params, Shape, param
 from attnbench.nn import AttentionLayer
 from attnbench.nn._rotary import angles, rotate
 
@@ -39,6 +39,9 @@ def layer(request: pytest.FixtureRequest) -> AttentionLayer:
     """One layer of each method, run by its definition."""
     torch.manual_seed(0)
     method = attnbench.get(f"{request.param}@eager")
+    shape = Shape(1, HEADS, N, DIM // HEADS)
+    if reasons := method.limits.reasons(shape, torch.float64, "cpu", method.parse({}).fitted(shape)):
+        pytest.skip("; ".join(reasons))
     return AttentionLayer(DIM, HEADS, method.label, tokens=N, **settings(method)).double()
 
 
@@ -266,6 +269,26 @@ def test_methods_are_told_prefix_grid_and_causality_as_they_ask() -> None:
     assert AttentionLayer(DIM, HEADS, "linear", causal=True, prefix=2, grid=(4, 6)).operator.params.causal
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnGrid(Params):
+    """Of a method that lays all tokens on a grid."""
+
+    grid: str = param("auto", "grid of the tokens")
+
+
+def test_methods_that_lay_all_tokens_on_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = dataclasses.replace(attnbench.get("softmax"), params=OnGrid)
+    monkeypatch.setitem(registry.registry().found, "softmax", fake)
+    for grid, seen in (("4x6", "4x6"), ((4, 6), "4x6"), ("square", "auto"), ("line", "line"), (None, "auto")):
+        assert AttentionLayer(DIM, HEADS, grid=grid).operator.params.grid == seen
+    with pytest.raises(UserError, match="grid = square needs N - prefix to be a square number, not 26"):
+        AttentionLayer(DIM, HEADS, grid="square")(tokens(26, torch.float32))
+    for grid in (None, "square", (4, 6)):
+        with pytest.raises(UserError, match="softmax lays all tokens on its grid"):
+            AttentionLayer(DIM, HEADS, grid=grid, prefix=1)
+    assert AttentionLayer(DIM, HEADS, grid="line", prefix=1)(tokens(26, torch.float32)).shape[1] == 26
+
+
 def learning(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
     """`softmax` becomes a method whose one learned parameter has the size `n` or `heads` of a shape."""
 
@@ -318,12 +341,13 @@ def test_layers_of_one_method_share_a_compiled_graph_and_lengths_get_their_own()
         ({"num_heads": 3}, "num_heads = 3 does not divide dim = 16"),
         ({"num_heads": 0}, "num_heads = 0 does not divide"),
         ({"prefix": -1}, "prefix = -1 is below 0"),
-        ({"positions": "rotary-2d"}, "need a grid"),
-        ({"conv": True}, "need a grid"),
+        ({"positions": "rotary-2d"}, "need grid = .height, width. or square"),
+        ({"conv": True}, "need grid = .height, width. or square"),
         ({"positions": "rotery"}, "did you mean rotary"),
         ({"positions": "rotary-2d", "grid": "square", "num_heads": 8}, "multiple of 4"),
-        ({"grid": (3, 0)}, "is none of None, 'square'"),
-        ({"grid": (3, 4), "tokens": 13}, "needs 3 x 4 = 12 tokens after the prefix, not 13"),
+        ({"grid": (3, 0)}, "is no height and width"),
+        ({"grid": "3x0"}, "is no height and width"),
+        ({"grid": (3, 4), "tokens": 13}, "needs N - prefix to be 3 x 4 = 12, not 13"),
         ({"method": "agent", "causal": True}, "agent has no causal form"),
         ({"method": "agent", "tokens": 10, "landmarks": 11}, "landmarks = 11 exceeds N = 10"),
         ({"method": "agnt"}, "did you mean agent"),
@@ -337,7 +361,7 @@ def test_mistakes_are_told_when_the_layer_is_made(options: dict[str, Any], messa
 
 def test_a_grid_that_does_not_fit_the_tokens_is_told() -> None:
     for layer in (AttentionLayer(DIM, HEADS, grid=(3, 4), conv=True), AttentionLayer(DIM, HEADS, grid="square", positions="rotary-2d")):
-        with pytest.raises(UserError, match="tokens after the prefix, not 13"):
+        with pytest.raises(UserError, match=r"needs N - prefix to be .* not 13"):
             layer(tokens(13, torch.float32))
 
 

@@ -242,7 +242,7 @@ def test_copies_compute_the_same() -> None:
     [
         ({"kv_topk": 5}, "unknown parameter 'kv_topk' in mita"),
         ({"causal": True}, "mita has no causal form"),
-        ({"grid": None, "conv": True}, "need a grid"),
+        ({"grid": None, "conv": True}, "need grid = "),
         ({"grid": (14, 14), "topk": 198}, "topk = 198 exceeds"),
         ({"grid": (14, 14), "landmarks": 24}, "not a square number"),
         ({"grid": (14, 14), "shared": False, "routed": False}, "queries read nothing"),

@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import re
 from math import isqrt
-from typing import Literal
 
 from attnbench.errors import UserError
 
-Grid = tuple[int, int] | Literal["square"] | None
-"""Height and width; `square` takes them from the number of tokens; None is a sequence."""
+Grid = tuple[int, int] | str | None
+"""Height and width, as a pair or as text such as `14x14`; `square` takes them from the number of tokens; None and any other word, which
+the method may know, are no grid of the layer."""
+SQUARE = "square"
 
 
-def check(grid: Grid) -> None:
-    """Raises `UserError` for what is no grid."""
-    sizes = isinstance(grid, tuple) and len(grid) == 2 and all(isinstance(x, int) and x > 0 for x in grid)
-    if not (grid is None or grid == "square" or sizes):
-        raise UserError(f"grid = {grid!r} is none of None, 'square' and (height, width) such as (14, 14)")
+def read(grid: Grid) -> Grid:
+    """A pair where height and width are given. Raises `UserError` for what is no grid."""
+    if isinstance(grid, str) and (match := re.fullmatch(r"(\d+)x(\d+)", grid)):
+        grid = int(match[1]), int(match[2])
+    if isinstance(grid, tuple) and (len(grid) != 2 or not all(isinstance(x, int) and x > 0 for x in grid)):
+        raise UserError(f"grid = {grid} is no height and width: give two whole numbers such as (14, 14)")
+    return grid
+
+
+def is_known(grid: Grid) -> bool:
+    """Whether the layer itself knows how the tokens lie."""
+    return isinstance(grid, tuple) or grid == SQUARE
 
 
 def sides(grid: Grid, tokens: int) -> tuple[int, int]:
-    """Height and width of a grid of so many tokens. Raises `UserError` where they do not fit."""
+    """Height and width of a known grid of so many tokens. Raises `UserError` where they do not fit."""
     height, width = grid if isinstance(grid, tuple) else (isqrt(tokens), isqrt(tokens))
     if height * width != tokens:
-        shape = f"{height} x {width} = {height * width}" if isinstance(grid, tuple) else "a square number"
-        raise UserError(f"grid = {grid!r} needs {shape} tokens after the prefix, not {tokens}: change N, grid or prefix")
+        need = f"{height} x {width} = {height * width}" if isinstance(grid, tuple) else "a square number"
+        raise UserError(f"grid = {grid} needs N - prefix to be {need}, not {tokens}: change N, grid or prefix")
     return height, width
 
 
 def text(grid: Grid) -> str:
-    """As the parameters of a method write it: `none`, `square` or `HxW`."""
-    return "none" if grid is None else grid if isinstance(grid, str) else f"{grid[0]}x{grid[1]}"
+    """As the parameters of a method write it."""
+    return f"{grid[0]}x{grid[1]}" if isinstance(grid, tuple) else str(grid)

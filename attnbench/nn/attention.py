@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +10,8 @@ from torch.nn.functional import silu
 
 import attnbench
 from attnbench.errors import UserError, unknown
-from attnbench.method import Shape
 
-from . import _grid, _rotary
+from . import _grid, _operator, _rotary
 from ._conv import DepthwiseConvolution
 from ._norm import HeadNorm
 
@@ -22,8 +20,6 @@ if TYPE_CHECKING:
 
 Positions = Literal["none", "rotary", "rotary-2d"]
 _AXES = {"none": 0, "rotary": 1, "rotary-2d": 2}
-_LENGTHS = 16 * 16, 24 * 24
-"""numbers of tokens at which learned weights are compared where none is given"""
 
 
 class AttentionLayer(nn.Module):
@@ -57,7 +53,8 @@ class AttentionLayer(nn.Module):
         attn_drop: dropout of what the operator returns. Few operators could drop single weights, so every method is dropped alike.
         proj_drop: dropout of the output.
         prefix: class and register tokens before the others: not rotated, not convolved, and told to methods that ask for them.
-        grid: (height, width) of the tokens after the prefix, row by row, or `square`; told to methods that ask for it.
+        grid: (height, width) of the tokens after the prefix, row by row, also as text, or `square`; told to methods that ask for it, as is
+            any other word, such as `line`.
         tokens: N, where learned weights of the method depend on it and no grid says it.
         positions: `rotary` along the sequence or `rotary-2d` over the grid; the prefix has none.
         theta: base of the rotary frequencies.
@@ -93,80 +90,62 @@ class AttentionLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.dim, self.num_heads, self.method, self.causal = dim, num_heads, attnbench.get(method), causal
-        self.prefix, self.grid, self.positions, self.theta = prefix, grid, positions, theta
+        self.prefix, self.grid, self.positions, self.theta = prefix, _grid.read(grid), positions, theta
         self._check(conv)
         self.parts = "qkvg" if gate else "qkv"
         self.add_module(self.parts, nn.Linear(dim, len(self.parts) * dim, qkv_bias))
         head_dim = dim // num_heads
         self.q_norm, self.k_norm = (HeadNorm(head_dim) if qk_norm else None for _ in range(2))
-        self.operator = self._build(tokens, head_dim, self._told() | params)
-        self.dwc = DepthwiseConvolution(dim, prefix, grid) if conv else None
+        told = _operator.told(self.method, self.prefix, self.grid, causal=causal)
+        self.operator = _operator.build(self.method, num_heads, head_dim, self._length(tokens), told | params)
+        self.dwc = DepthwiseConvolution(dim) if conv else None
         self.attn_drop, self.proj, self.proj_drop = nn.Dropout(attn_drop), nn.Linear(dim, dim, proj_bias), nn.Dropout(proj_drop)
 
     def _check(self, conv: bool) -> None:
-        _grid.check(self.grid)
         if self.positions not in _AXES:
             raise unknown("positions", self.positions, _AXES)
-        multiple = 2 * _AXES[self.positions] or 1
+        heads, multiple = self.num_heads, 2 * _AXES[self.positions] or 1
         checks = (
-            (
-                self.num_heads < 1 or self.dim % self.num_heads,
-                f"num_heads = {self.num_heads} does not divide dim = {self.dim}: change one of them",
-            ),
+            (heads < 1 or self.dim % heads, f"num_heads = {heads} does not divide dim = {self.dim}: change one of them"),
             (self.prefix < 0, f"prefix = {self.prefix} is below 0: give the number of class and register tokens"),
-            (self.grid is None and (conv or self.positions == "rotary-2d"), "conv and rotary-2d need a grid: give grid = (height, width)"),
-            (self.dim // max(self.num_heads, 1) % multiple, f"{self.positions} needs a head dimension that is a multiple of {multiple}"),
-            (self.causal and self.method.limits.no_causal, f"{self.method.name} has no causal form: {self.method.limits.no_causal}"),
-        )
+            (not _grid.is_known(self.grid) and (conv or self.positions == "rotary-2d"),
+             "conv and rotary-2d need grid = (height, width) or square"),
+            (self.dim // max(heads, 1) % multiple, f"{self.positions} needs a head dimension that is a multiple of {multiple}"),
+        )  # fmt: skip
         for fails, reason in checks:
             if fails:
                 raise UserError(reason)
 
-    def _told(self) -> dict[str, object]:
-        """What the method learns of the layer, as far as it asks for it."""
-        known = {f.name for f in fields(self.method.params)}
-        told: dict[str, object] = {"causal": self.causal, "prefix": self.prefix}
-        return {name: x for name, x in (told | ({"grid": _grid.text(self.grid)} if self.grid else {})).items() if name in known}
-
-    def _build(self, tokens: int | None, dim: int, params: dict[str, Any]) -> nn.Module:
-        """The operator, with its learned weights."""
+    def _length(self, tokens: int | None) -> int | None:
+        """N, as given or as the grid says."""
         if isinstance(self.grid, tuple) and tokens is None:
-            tokens = self.prefix + self.grid[0] * self.grid[1]
-        elif self.grid is not None and tokens is not None:
+            return self.prefix + self.grid[0] * self.grid[1]
+        if _grid.is_known(self.grid) and tokens is not None:
             _grid.sides(self.grid, tokens - self.prefix)
-        lengths = [self.prefix + n for n in _LENGTHS] if tokens is None else [tokens]
-        shapes = [Shape(1, self.num_heads, n, dim) for n in lengths]
-        if tokens is not None and (problems := self.method.parse(params).problems(shapes[0])):
-            raise UserError(f"{self.method.name}: {'; '.join(problems)}")
-        built = [self.method.build(shape, **params) for shape in shapes]
-        sizes = [{name: x.shape for name, x in module.state_dict().items()} for module in built]
-        if sizes[0] != sizes[-1]:
-            raise UserError(
-                f"learned weights of {self.method.name} depend on the number of tokens: give tokens = N or grid = (height, width)"
-            )
-        return built[0]
+        return tokens
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, C]` -> `[B, N, C]`."""
         fused: Tensor = getattr(self, self.parts)(x)
         q, k, v, *gate = fused.unflatten(-1, (len(self.parts), self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        out = self._mix(*self._placed(q, k), v).transpose(1, 2).flatten(2)
+        count = x.shape[1] - self.prefix
+        sides = _grid.sides(self.grid, count) if _grid.is_known(self.grid) else (1, count)
+        out = self._mix(*self._placed(q, k, sides), v).transpose(1, 2).flatten(2)
         if self.dwc is not None:
-            out = out + self.dwc(v)
+            out = out + self.dwc.tokens(v, sides)
         for g in gate:
             out = out * silu(g.transpose(1, 2).flatten(2))
         mixed: Tensor = self.proj_drop(self.proj(self.attn_drop(out)))
         return mixed
 
-    def _placed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    def _placed(self, q: Tensor, k: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Queries and keys normalised and rotated, where asked for."""
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.positions == "none":
             return q, k
-        count = q.shape[2] - self.prefix
-        sizes = (count,) if self.positions == "rotary" else _grid.sides(self.grid, count)
-        turns = _rotary.angles(sizes, q.shape[3], self.theta, self.prefix, q.device)
+        axes = sides if self.positions == "rotary-2d" else (sides[0] * sides[1],)
+        turns = _rotary.angles(axes, q.shape[3], self.theta, self.prefix, q.device)
         return _rotary.rotate(q, turns), _rotary.rotate(k, turns)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

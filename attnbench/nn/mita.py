@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import _grid
 from .attention import AttentionLayer
 
 if TYPE_CHECKING:
@@ -90,6 +91,6 @@ class MiTAAttention(AttentionLayer):
             shared_scale=shared_scale,
             prefix=prefix,
             grid=grid,
-            legacy_cls_shift=legacy_cls_shift and prefix > 0 and grid is not None,
+            legacy_cls_shift=legacy_cls_shift and prefix > 0 and _grid.is_known(_grid.read(grid)),
             **layer,
         )
