@@ -40,7 +40,7 @@ class Event:
     thread: int = 0
     on_device: bool = False
     id: int = 0
-    """of an operator; the same of work on the device and the runtime's call that launched it"""
+    """of an operator; the same of work on the device and the runtime's call that launched it; 0 where unknown"""
     launcher: int = 0
     """id of the operator that launched work on the device, 0 where unknown"""
     stage: str = field(default="", init=False)
@@ -125,8 +125,8 @@ def pieces(events: Sequence[Event], kernels: Kernels, device: str) -> list[Piece
 
 def _device_pieces(events: Iterable[Event], host: Sequence[Event]) -> Iterator[tuple[int, str, str, int]]:
     """(when launched, name, mark there, ns) of all work on the device."""
-    operators = {e.id: e for e in host if not e.marks and not _RUNTIME.match(e.name)}
-    launches = {e.id: e for e in host if _RUNTIME.match(e.name)}
+    operators = {e.id: e for e in host if e.id and not e.marks and not _RUNTIME.match(e.name)}
+    launches = {e.id: e for e in host if e.id and _RUNTIME.match(e.name)}
     for work in events:
         if work.on_device and not work.marks:
             at, mark = _launched(work, operators.get(work.launcher), launches.get(work.id), host)
