@@ -19,6 +19,8 @@ from attnbench.verify import LENGTHS, verify
 PAPER = {  # the figure's rows of methods that are here, transcribed
     "linear": ("compression", "linear layer", "one shared", "kernelization", "all-to-one"),
     "agent": ("compression", "MLP", "one shared", "landmark probing", "all-to-one"),
+    "ttt": ("compression", "module", "one shared", "test-time training", "all-to-one"),
+    "vit3": ("compression", "module", "one shared", "test-time training", "all-to-one"),
     "moba": ("routing", "MLP", "N/n", "locality prior", "N-to-N/n"),
     "spark": ("routing", "MLP", "N", "light-weight skim", "N times one-to-one"),
     "dsa": ("routing", "MLP", "N", "light-weight skim", "N times one-to-one"),
