@@ -200,6 +200,9 @@ class Method:
     weights: Callable[[Shape, Any, torch.Generator], Weights] | None = None
     """`(shape, params, generator) -> {name: tensor}`: learned parameters as the paper initialises them, float64 on the CPU,
     independent of the batch size; None where there are none"""
+    budget: Callable[[Shape, Any, int], dict[str, object]] | None = None
+    """`(shape, params, units) -> {parameter: value}`: what to change for a query to read that many hidden units, or the nearest number
+    there is; other parameters stand as `params` has them. None where the width is fixed by the shape."""
     builder: Callable[..., nn.Module] | None = None
     """`(shape, params) -> nn.Module` with forward `(q, k, v)`, where that module is more than the operator and its `weights`"""
     exact: bool = False
@@ -208,6 +211,8 @@ class Method:
     """whether it selects keys or experts by comparing scores, so that rounding may flip a near tie"""
     couples_heads: bool = False
     """whether one head's output depends on other heads"""
+    surrogate: str = ""
+    """why gradients of the definition are not the slopes of its values, as where a maximum is taken for a constant; empty where they are"""
     library: bool = False
     """whether the method is a library's kernel: then its reference only defines it, and runs only when pinned"""
     pinned: str = ""
@@ -326,7 +331,6 @@ class Method:
         return LearnedAttention(self, shape, p) if self.weights else AttentionModule(self, p)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _choice(method: Method, values: dict[str, Any], sizes: list[list[int]], dtype: torch.dtype, device: str, *, backward: bool) -> str:
     """Name of the implementation that runs q, k and v of these sizes. Raises `UserError`."""
     params, shape = method.params(**values), Shape.of(*(torch.empty(size, device="meta") for size in sizes))
@@ -336,6 +340,10 @@ def _choice(method: Method, values: dict[str, Any], sizes: list[list[int]], dtyp
     if chosen is None:
         raise UserError("; ".join(why))
     return chosen.name
+
+
+# what torch.compiler.assume_constant_result sets, which would import the compiler, and triton with it
+_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class AttentionModule(nn.Module):

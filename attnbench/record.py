@@ -132,6 +132,8 @@ class Record:
     """of the checkout that ran, with `+` where it had uncommitted changes"""
     command: str = ""
     """runs this cell again"""
+    budget: tuple[int, ...] = ()
+    """hidden units a query that a suite or `--budget` asked for and that set the parameters; several where they gave the same ones"""
     input_hash: str = ""
     """of the bytes of q, k, v"""
     flops: int | None = None
@@ -177,7 +179,13 @@ class Record:
             if values.get(name) is not None:
                 values[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
         return cls(
-            **{**values, "case": Case.from_dict(data["case"]), "status": Status(values["status"]), "reasons": tuple(values["reasons"])}
+            **{
+                **values,
+                "case": Case.from_dict(data["case"]),
+                "status": Status(values["status"]),
+                "reasons": tuple(values["reasons"]),
+                "budget": tuple(values.get("budget", ())),
+            }
         )
 
 

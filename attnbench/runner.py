@@ -13,7 +13,7 @@ from attnbench.record import Record, Status
 from attnbench.suite import Case
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from attnbench.suite import Suite
@@ -67,7 +67,7 @@ def sweep(
     unsupported), but where the protocol asks for a breakdown, those measured without one are measured again. Raises `UserError` before
     anything runs where the suite or the folder is at fault; a failing cell is a record.
     """
-    cases = suite.expand()
+    cases = suite.planned()
     worker = Worker(cell.setup, (device, suite.protocol, tuple(plugins)))
     try:
         facts = worker.run(cell.ENVIRONMENT, 600)
@@ -76,7 +76,7 @@ def sweep(
                 tell(Event("note", 0, len(cases), message=note))
             env_id = facts.pop("env_id")
             target.save_environment(env_id, facts)
-            return _Sweep(suite, device, env_id, worker, target, tell, len(cases), tuple(plugins)).run(cases, resume=resume, retry=retry)
+            return _Sweep(suite, device, env_id, worker, target, tell, tuple(plugins), cases).run(resume=resume, retry=retry)
     finally:
         worker.stop()
 
@@ -89,19 +89,26 @@ class _Sweep:
     worker: Worker
     target: store.Store
     tell: Callable[[Event], None]
-    total: int
     plugins: tuple[Path, ...]
+    cases: Mapping[Case, tuple[int, ...]]
+    """each cell, and the budgets that it is the answer to"""
     exhausted: dict[str, Record] = field(default_factory=dict)
     """series -> the record of the length at which it failed for size"""
 
-    def run(self, cases: Sequence[Case], *, resume: bool, retry: bool) -> Summary:
+    @property
+    def total(self) -> int:
+        """Cells."""
+        return len(self.cases)
+
+    def run(self, *, resume: bool, retry: bool) -> Summary:
+        """Run them in order."""
         summary = Summary(self.target.path)
         settled = store.done(self.target.records(), self.env_id, self.suite.protocol.timeout_s) if resume else {}
         if retry:
             settled = {key: r for key, r in settled.items() if r.status not in _TOO_LARGE}
         if self.suite.protocol.breakdown:
             settled = {key: r for key, r in settled.items() if r.breakdown or r.status is not Status.OK}
-        for index, case in enumerate(cases):
+        for index, case in enumerate(self.cases):
             if case.case_id in settled:
                 summary.resumed += 1
                 self._remember(settled[case.case_id])
@@ -127,7 +134,8 @@ class _Sweep:
             env_id=self.env_id,
             started=started,
             commit=environment.commit(),
-            command=command(self.suite.source or self.suite.name, case, self.device, self.plugins),
+            command=command(self.suite.source or self.suite.name, case, self.device, self.plugins, self.cases[case]),
+            budget=self.cases[case],
         )
 
     def _skip(self, case: Case) -> Record | None:
@@ -150,8 +158,8 @@ class _Sweep:
 _DEFAULTS = {f.name: f.default for f in fields(Case)}
 
 
-def command(suite: str, case: Case, device: str, plugins: Sequence[Path] = ()) -> str:
-    """The command that runs this cell again."""
+def command(suite: str, case: Case, device: str, plugins: Sequence[Path] = (), budgets: Sequence[int] = ()) -> str:
+    """The command that runs this cell again; it names every parameter, so that `budgets` say only what they were the answer to."""
     axes = [name for name in _DEFAULTS if name not in ("task", "method", "implementation", "params", "replicate")]
     words = [
         "attnbench",
@@ -163,6 +171,7 @@ def command(suite: str, case: Case, device: str, plugins: Sequence[Path] = ()) -
         "--method",
         case.label,
     ]
+    words += ["--budget", f"keys={','.join(map(str, budgets))}"] if budgets else []
     for name in axes:
         words += ["--axis", f"{name}={_word(getattr(case, name))}"]
     for name, value in case.params:

@@ -31,6 +31,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
 }
 """Values of the axes that are words."""
 
+BUDGET = "budget"
+"""The axis that is no field of a case: hidden units that a query is to read. It sets the parameters of every method that can follow it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -133,6 +136,8 @@ class Entry:
 
     name: str
     params: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    pinned: frozenset[str] = frozenset()
+    """parameters that a budget may not change"""
 
     @property
     def names(self) -> tuple[str, str]:
@@ -140,10 +145,9 @@ class Entry:
         return self.name, self.name.partition("@")[0]
 
     def with_params(self, settings: Mapping[str, Mapping[str, object]]) -> Entry:
-        """The entry with the parameters that `settings` holds for it, by either name."""
-        return replace(
-            self, params={**self.params, **{k: _listed(v) for n in reversed(self.names) for k, v in settings.get(n, {}).items()}}
-        )
+        """The entry with the parameters that `settings` holds for it, by either name; a budget leaves them alone."""
+        own = {k: _listed(v) for n in reversed(self.names) for k, v in settings.get(n, {}).items()}
+        return replace(self, params={**self.params, **own}, pinned=self.pinned | own.keys())
 
 
 @dataclass(frozen=True)
@@ -162,12 +166,18 @@ class Suite:
     """what `load` was asked for: a name or a path; empty means `name`"""
 
     def override(self, axes: Mapping[str, Sequence[object]], methods: Sequence[str], params: Mapping[str, Mapping[str, object]]) -> Suite:
-        """The suite with other axis values, only the `methods` named (added where absent), and other method parameters."""
+        """The suite with other axis values, only the `methods` named (added where absent), and other method parameters.
+
+        Raises `UserError`, also for a budget that no method can follow.
+        """
         merged = {**self.axes, **{_axis(k, self.name): _values(k, v, self.name) for k, v in axes.items()}}
         entries = [e for name in methods for e in self._named(name) or [Entry(name)]] if methods else list(self.methods)
         for name in params:
             if not any(name in e.names for e in entries):
                 raise unknown("method", name, [e.name for e in entries], self.name)
+        if BUDGET in axes and not any(get(e.name).budget for e in entries):
+            names = ", ".join(dict.fromkeys(e.name for e in entries))
+            raise UserError(f"suite {self.name}: the width of {names} is fixed: leave the budget out, or name a method that has one")
         return replace(self, axes=merged, methods=tuple(e.with_params(params) for e in entries))
 
     def _named(self, name: str) -> list[Entry]:
@@ -176,34 +186,52 @@ class Suite:
 
     def expand(self) -> tuple[Case, ...]:
         """All cases, shortest first, shuffled within a length so that drift is no method's. Raises `UserError`."""
-        cases = [case for entry in self.methods for case in self._cases(entry)]
-        if self.protocol.aa and self.task == "speed":
-            cases += list(self._replicates(cases))
-        random.Random(self.name).shuffle(cases)
-        return tuple(sorted(dict.fromkeys(cases), key=lambda c: c.n))
+        return tuple(self.planned())
 
-    def _cases(self, entry: Entry) -> Iterator[Case]:
+    def planned(self) -> dict[Case, tuple[int, ...]]:
+        """The cases of `expand`, and for each the budgets that it is the answer to; none where they changed nothing. Raises `UserError`."""
+        asked: dict[Case, list[int]] = {}
+        for entry in self.methods:
+            for case, units in self._cases(entry):
+                asked.setdefault(case, []).extend([units] if units else [])
+        if self.protocol.aa and self.task == "speed":
+            asked |= {again: asked[case] for case in list(asked) for again in self._replicates(case)}
+        cases = list(asked)
+        random.Random(self.name).shuffle(cases)
+        return {case: tuple(dict.fromkeys(asked[case])) for case in sorted(cases, key=lambda c: c.n)}
+
+    def _cases(self, entry: Entry) -> Iterator[tuple[Case, int]]:
+        """Cases of one method, each with the budget that set its parameters, 0 where none did."""
         method = get(entry.name)
         for values in itertools.product(*entry.params.values()):
-            params = method.parse(dict(zip(entry.params, values, strict=True)))
+            given = dict(zip(entry.params, values, strict=True))
             for point in itertools.product(*self.axes.values()):
-                case = Case(
-                    task=self.task,
-                    method=method.name,
-                    implementation=method.pinned,
-                    params=tuple(sorted(params.as_dict().items())),
-                    **dict(zip(self.axes, point, strict=True)),
-                )
-                if problems := params.problems(case.shape):
-                    raise UserError(f"suite {self.name}: {case.label} at N = {case.n}: {'; '.join(problems)}")
-                yield case
+                axes = dict(zip(self.axes, point, strict=True))
+                units = axes.pop(BUDGET, 0)
+                units = units if method.budget else 0
+                case = Case(task=self.task, method=method.name, implementation=method.pinned, **axes)
+                yield self._settled(case, given, units, entry.pinned), units
 
-    def _replicates(self, cases: Sequence[Case]) -> Iterator[Case]:
+    def _settled(self, case: Case, given: Mapping[str, Any], units: int, pinned: frozenset[str]) -> Case:
+        """The case with its parameters: those given, then those of a budget of `units`. Raises `UserError`."""
+        method = get(case.label)
+        params = method.parse(given)
+        if units and method.budget:
+            if units > case.shape.keys:
+                raise UserError(f"suite {self.name}: budget = {units} exceeds N = {case.n}: lower the budget, or raise N")
+            chosen = {k: v for k, v in method.budget(case.shape, params, units).items() if k not in pinned}
+            params = method.parse({**given, **chosen})
+        if problems := params.problems(case.shape):
+            raise UserError(f"suite {self.name}: {case.label} at N = {case.n}: {'; '.join(problems)}")
+        return replace(case, params=tuple(sorted(params.as_dict().items())))
+
+    def _replicates(self, case: Case) -> Iterator[Case]:
         first = get(self.methods[0].name)
-        yield from (replace(c, replicate=1) for c in cases if (c.method, c.implementation) == (first.name, first.pinned))
+        if (case.method, case.implementation) == (first.name, first.pinned):
+            yield replace(case, replicate=1)
 
 
-_AXES = tuple(f.name for f in fields(Case) if f.name not in ("task", "method", "implementation", "params", "replicate"))
+_AXES = (*(f.name for f in fields(Case) if f.name not in ("task", "method", "implementation", "params", "replicate")), BUDGET)
 
 
 def _axis(name: str, suite: str) -> str:

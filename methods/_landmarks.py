@@ -68,6 +68,11 @@ class LandmarkParams(Params):
         return int(height), int(width)
 
 
+def landmark_budget(params: LandmarkParams, units: int) -> int:
+    """The number of landmarks nearest to `units` that the grid of `params` allows."""
+    return max(1, units) if params.grid == "none" else max(1, round(units**0.5)) ** 2
+
+
 def bins(n: int, count: int) -> list[tuple[int, int]]:
     """First token and end of each of `count` adaptive bins over n tokens."""
     return [(i * n // count, -(-(i + 1) * n // count)) for i in range(count)]

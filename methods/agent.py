@@ -23,7 +23,7 @@ from attnbench.stages import stage
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _fused
-from ._landmarks import LandmarkParams, landmarks, pool_flops
+from ._landmarks import LandmarkParams, landmark_budget, landmarks, pool_flops
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +86,11 @@ def cost(shape: Shape, params: AgentParams) -> Cost:
     return Cost.of(s, flops, extra=heads * m * (s.dim + s.dim_v), traffic=traffic)
 
 
+def budget(_shape: Shape, params: AgentParams, units: int) -> dict[str, object]:
+    """As many agents, or on a grid the nearest square number."""
+    return {"landmarks": landmark_budget(params, units)}
+
+
 METHOD = Method(
     name="agent",
     title="Agent",
@@ -101,6 +106,7 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     limits=Limits(cross=True, no_causal="agents average later queries and gather later keys"),
     implementations=(
         _fused.implementation("agent"),

@@ -160,6 +160,11 @@ def cost(shape: Shape, params: DsaParams) -> Cost:
     return Cost.of(s, flops, extra=extra, index_bytes=4 * s.batch * s.n * min(params.topk, s.keys), selection=("project", "score"))
 
 
+def budget(_shape: Shape, _params: DsaParams, units: int) -> dict[str, object]:
+    """As many keys."""
+    return {"topk": units}
+
+
 METHOD = Method(
     name="dsa",
     title="DSA",
@@ -175,6 +180,7 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     weights=draw,
     limits=Limits(cross=True),
     implementations=(

@@ -25,7 +25,7 @@ from attnbench.method import Citation, Cost, Implementation, Limits, Method, Par
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _fused
-from ._landmarks import LandmarkParams, landmarks, pool_flops
+from ._landmarks import LandmarkParams, landmark_budget, landmarks, pool_flops
 from ._varlen import segment_reasons, varlen_reasons
 
 _ROWS = 1024  # queries evaluated at a time, each with keys of its own
@@ -160,6 +160,15 @@ def _traffic(s: Shape, params: MitaParams, gathered: int) -> tuple[dict[str, int
     return elements, {"select": members, "route": pairs, "permute": 5 * pairs, "attend": 4 * pairs + members}
 
 
+def budget(_shape: Shape, params: MitaParams, units: int) -> dict[str, object]:
+    """Half for landmarks and half for the keys of experts; where queries read one of the two alone, all for that one."""
+    if not params.routed:
+        return {"landmarks": landmark_budget(params, units)}
+    landmarks = landmark_budget(params, units // 2)
+    keys = units - landmarks if params.shared else units
+    return {"landmarks": landmarks, "topk": max(1, round(keys / params.experts_per_query))}
+
+
 def _varlen_limits(shape: Shape, params: Params, dtype: torch.dtype, device: str) -> list[str]:
     assert isinstance(params, MitaParams)
     segments = shape.batch * shape.heads * (params.landmarks if params.routed else 1)
@@ -180,6 +189,7 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     limits=Limits(cross=True, no_causal="landmarks average later queries and experts hold later keys"),
     implementations=(
         _fused.implementation("mita"),

@@ -120,6 +120,11 @@ def cost(shape: Shape, params: MobaParams) -> Cost:
     return Cost.of(shape, flops, index_bytes=index, selection=("pool", "route", "permute"), traffic=traffic, index_traffic=moved)
 
 
+def budget(_shape: Shape, params: MobaParams, units: int) -> dict[str, object]:
+    """Blocks of such a size that K of them hold as many keys."""
+    return {"block": max(1, round(units / params.topk))}
+
+
 def _varlen_reasons(shape: Shape, params: Params, dtype: torch.dtype, device: str) -> list[str]:
     assert isinstance(params, MobaParams)
     segments = shape.batch * shape.heads * params.blocks(shape.keys)
@@ -135,6 +140,7 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     implementations=(
         Implementation(
             "varlen",

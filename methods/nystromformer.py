@@ -140,6 +140,11 @@ def cost(shape: Shape, params: NystromformerParams) -> Cost:
     return Cost.of(s, flops, extra=heads * m * (2 * s.dim + s.dim_v), traffic=traffic)
 
 
+def budget(_shape: Shape, _params: NystromformerParams, units: int) -> dict[str, object]:
+    """As many landmarks."""
+    return {"landmarks": units}
+
+
 class NystromAttention(nn.Module):
     """Nystromformer with its depthwise convolution of v along the sequence, one kernel a head."""
 
@@ -170,6 +175,7 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     limits=Limits(no_causal="segment means average later tokens"),
     implementations=(Implementation("sdpa", "attnbench.methods.nystromformer:sdpa"),),
     builder=NystromAttention,

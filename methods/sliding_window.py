@@ -66,6 +66,11 @@ def cost(shape: Shape, params: SlidingWindowParams) -> Cost:
     return Cost.of(shape, flops, traffic={"attend": Cost.once(shape)})
 
 
+def budget(_shape: Shape, _params: SlidingWindowParams, units: int) -> dict[str, object]:
+    """A window of as many keys; the ends of the sequence cut some off."""
+    return {"window": units}
+
+
 METHOD = Method(
     name="sliding_window",
     title="Sliding window",
@@ -75,6 +80,7 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     implementations=(
         Implementation(
             "flash",

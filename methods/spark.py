@@ -152,6 +152,11 @@ def cost(shape: Shape, params: SparkParams) -> Cost:
     return Cost.of(shape, flops, extra=gathered, index_bytes=indices, selection=("score", "select"))
 
 
+def budget(_shape: Shape, _params: SparkParams, units: int) -> dict[str, object]:
+    """As many keys, were the scores normal."""
+    return {"topk": units}
+
+
 METHOD = Method(
     name="spark",
     title="Spark",
@@ -163,6 +168,7 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     limits=Limits(cross=True),
     implementations=(
         Implementation(

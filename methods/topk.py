@@ -80,6 +80,11 @@ def reads(shape: Shape, most: int, *, causal: bool) -> int:
     return short * (short + 1) // 2 + (shape.n - short) * most
 
 
+def budget(_shape: Shape, _params: TopkParams, units: int) -> dict[str, object]:
+    """As many keys."""
+    return {"topk": units}
+
+
 METHOD = Method(
     name="topk",
     title="Top-k",
@@ -89,6 +94,7 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     limits=Limits(cross=True),
     implementations=(
         Implementation(

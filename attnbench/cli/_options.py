@@ -55,6 +55,14 @@ Axes = Annotated[list[str], typer.Option("--axis", metavar="AXIS=VALUE,...", hel
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="METHOD.PARAM=VALUE,...", help="Another parameter, as mita.topk=32. Repeatable.")
 ]
+Budget = Annotated[
+    str | None,
+    typer.Option(
+        "--budget",
+        metavar="keys=K,...",
+        help="Parameters with which a query reads about K keys or other hidden units, where a method has such.",
+    ),
+]
 
 
 def read_axes(texts: Sequence[str]) -> dict[str, list[str]]:
@@ -74,6 +82,18 @@ def read_settings(texts: Sequence[str]) -> dict[str, dict[str, list[str]]]:
     return found
 
 
+def read_budget(text: str | None) -> dict[str, list[str]]:
+    """`keys=64,128` -> the axis `budget` and its values; nothing for None. Raises `UserError`."""
+    if text is None:
+        return {}
+    key, values = _pair(text, "--budget", "keys=64")
+    if key != "keys":
+        raise UserError(f"--budget {text}: {key!r} is not what a budget counts: write it as keys=64")
+    if wrong := [v for v in values.split(",") if not (v.isdecimal() and int(v))]:
+        raise UserError(f"--budget {text}: {wrong[0]!r} is no whole number of at least 1: write it as keys=64")
+    return {"budget": values.split(",")}
+
+
 def _pair(text: str, option: str, example: str) -> tuple[str, str]:
     key, equals, values = text.partition("=")
     if not (equals and key):
@@ -81,11 +101,11 @@ def _pair(text: str, option: str, example: str) -> tuple[str, str]:
     return key.strip(), values.strip()
 
 
-def read_suite(name: str, axis: Sequence[str], method: Sequence[str], settings: Sequence[str]) -> "Suite":
+def read_suite(name: str, axis: Sequence[str], method: Sequence[str], settings: Sequence[str], budget: str | None = None) -> "Suite":
     """The suite as the options change it. Raises `UserError`."""
     from attnbench.suite import load
 
-    return load(name).override(read_axes(axis), method, read_settings(settings))
+    return load(name).override(read_axes(axis) | read_budget(budget), method, read_settings(settings))
 
 
 def with_plugins(plugins: Sequence[Path]) -> None:

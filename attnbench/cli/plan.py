@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnbench.cli._options import Axes, Json, MethodNames, Plugins, Settings, SuiteName, read_suite, with_plugins
+from attnbench.cli._options import Axes, Budget, Json, MethodNames, Plugins, Settings, SuiteName, read_suite, with_plugins
 from attnbench.cli._output import emit_json, emit_table, si
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ def plan(
     method: MethodNames = [],
     axis: Axes = [],
     set_: Settings = [],
+    budget: Budget = None,
     flops: Annotated[float | None, typer.Option("--flops", metavar="TFLOP/S", help="Rate of matrix products. Default: an H100's.")] = None,
     bandwidth: Annotated[float | None, typer.Option("--bandwidth", metavar="TB/S", help="Memory bandwidth. Default: an H100's.")] = None,
     json: Json = False,
@@ -29,7 +30,7 @@ def plan(
     from attnbench import plan as planning
 
     with_plugins(plugin)
-    chosen = read_suite(suite, axis, method, set_)
+    chosen = read_suite(suite, axis, method, set_, budget)
     ceilings = _ceilings(flops, bandwidth)
     cells = [planning.predict(case, ceilings) for case in chosen.expand()]
     summary = planning.total(cells, chosen)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnbench.cli._options import Axes, DeviceOption, MethodNames, Plugins, Settings, SuiteName, read_suite, with_plugins
+from attnbench.cli._options import Axes, Budget, DeviceOption, MethodNames, Plugins, Settings, SuiteName, read_suite, with_plugins
 from attnbench.cli._output import complain
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ def run(
     method: MethodNames = [],
     axis: Axes = [],
     set_: Settings = [],
+    budget: Budget = None,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Leave alone what earlier runs settled on this environment.")
     ] = False,
@@ -40,7 +41,7 @@ def run(
     from attnbench.environment import pick_device
 
     with_plugins(plugin)
-    chosen = _protocol(read_suite(suite, axis, method, set_), timeout, budget_s, breakdown or None)
+    chosen = _protocol(read_suite(suite, axis, method, set_, budget), timeout, budget_s, breakdown or None)
     kind = pick_device(device)
     summary = _sweep(chosen, results, device=kind, resume=resume or retry, retry=retry, plugins=plugin, quiet=quiet, echo=json)
     _conclude(summary, json)
