@@ -8,9 +8,10 @@ from attnbench.cli._options import Axes, Budget, Json, MethodNames, Plugins, Set
 from attnbench.cli._output import emit_json, emit_table, si
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from attnbench.plan import Ceilings, Prediction, Total
+    from attnbench.suite import Case
 
 _TERA = 1e12
 
@@ -32,12 +33,14 @@ def plan(
     with_plugins(plugin)
     chosen = read_suite(suite, axis, method, set_, budget)
     ceilings = _ceilings(flops, bandwidth)
-    cells = [planning.predict(case, ceilings) for case in chosen.expand()]
+    asked = chosen.planned()
+    cells = [planning.predict(case, ceilings) for case in asked]
     summary = planning.total(cells, chosen)
     if json:
-        emit_json({"suite": chosen.name, "ceilings": ceilings.source, "cells": [c.as_dict() for c in cells], "total": summary.as_dict()})
+        rows = [{**c.as_dict(), "budget": list(asked[c.case])} for c in cells]
+        emit_json({"suite": chosen.name, "ceilings": ceilings.source, "cells": rows, "total": summary.as_dict()})
     else:
-        _print(cells, summary, ceilings)
+        _print(cells, asked, summary, ceilings)
 
 
 def _ceilings(flops: float | None, bandwidth: float | None) -> "Ceilings":
@@ -51,10 +54,12 @@ def _ceilings(flops: float | None, bandwidth: float | None) -> "Ceilings":
     return Ceilings(f"{' and '.join(given)}, the rest from: {H100.source}", moved, rates)
 
 
-def _print(cells: "Sequence[Prediction]", summary: "Total", ceilings: "Ceilings") -> None:
+def _print(cells: "Sequence[Prediction]", asked: "Mapping[Case, tuple[int, ...]]", summary: "Total", ceilings: "Ceilings") -> None:
+    budgets = any(asked.values())
     rows = [
         {
             "cell": str(p.case),
+            **({"budget": ", ".join(map(str, asked[p.case])) or "fixed"} if budgets else {}),
             "params": ", ".join(f"{k}={v}" for k, v in p.case.params if k != "causal" or v),
             "work": si(p.flops, "FLOP"),
             "traffic": si(p.bytes, "B"),
