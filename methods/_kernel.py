@@ -43,6 +43,8 @@ class Kernel(ABC):
     """whether features need all heads of a token at once; else a map is given all tokens of a head at once"""
     vanishes = False
     """whether all features of a token may be zero"""
+    wide_reads = False
+    """whether what queries read is kept in at least float32 until it is divided"""
     reads = 1
     """denominators of a query: the values are cut in as many groups of channels"""
 

@@ -33,16 +33,23 @@ def bidirectional(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
     return out.flatten(1, 2)
 
 
+def wide_bmm(a: Tensor, b: Tensor) -> Tensor:
+    """`a b` in at least float32; on a GPU without rounding half-precision products on the way."""
+    if a.is_cuda and a.element_size() == 2 and hasattr(torch.ops.aten.bmm, "dtype"):
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(wide(a), wide(b))
+
+
 def outer_sum(a: Tensor, b: Tensor) -> Tensor:
     """`a^T b` `[X, D, E]` in at least float32 of `a: [X, N, D]` and `b: [X, N, E]`, as a sum over runs of rows."""
     x, n, d = a.shape
     runs = next(r for r in range(max(1, n // _SUMMED), 0, -1) if n % r == 0)
     left, right = a.reshape(x * runs, n // runs, d).transpose(1, 2), b.reshape(x * runs, n // runs, -1)
-    if a.is_cuda and a.element_size() == 2 and hasattr(torch.ops.aten.bmm, "dtype"):
-        products = torch.bmm(left, right, out_dtype=torch.float32)
-    else:
-        products = torch.bmm(left, right)
-    return products.view(x, runs, d, -1).sum(1, dtype=torch.promote_types(a.dtype, torch.float32))
+    return wide_bmm(left, right).view(x, runs, d, -1).sum(1)
+
+
+def _read(kernel: Kernel, query: Tensor, matrix: Tensor) -> Tensor:
+    return (wide_bmm if kernel.wide_reads else torch.bmm)(query, matrix)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -89,8 +96,11 @@ def _least(norm: Normaliser, keys: int, like: Tensor) -> float:
 
 
 def _centred(matrix: Tensor, width: int, kernel: Kernel, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What half-precision queries multiply, less the mean value `[B, Hkv, Dv, 1]`: rounded gradients are then no small differences."""
-    if x.element_size() != 2:
+    """What queries multiply, less the mean value `[B, Hkv, Dv, 1]`: rounded gradients are then no small differences.
+
+    Where denominators are more than sums this is off by a factor `sum / n`, which half precision alone does not see.
+    """
+    if x.element_size() != 2 and (kernel.norm.add or kernel.norm.least):
         return matrix, None
     centred, means = matrix.clone(), []
     for i, c in enumerate(kernel.columns(width)):
@@ -107,14 +117,14 @@ class _Bidirectional(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, *weights: Tensor) -> Tensor:
         """`q: [B, Hkv, G, N, D]`, `k: [B, Hkv, 1, M, D]`, `v: [B, Hkv, 1, M, Dv]` -> `[B, Hkv, G, N, Dv]`."""
         width, out = v.shape[4], q.new_empty(*q.shape[:4], v.shape[4])
-        totals = q.new_empty(*q.shape[:4], kernel.reads)
+        totals = (wide(q[:0]) if kernel.wide_reads else q).new_empty(*q.shape[:4], kernel.reads)
         with stage("state"):
             matrix = kernel.spread(_state(k, v, kernel))
             rounded = matrix.to(q.dtype)
         with stage("attend"):
             for part in kernel.parts("query", q, width):
                 query = kernel.features(part.of(q), part)
-                mixed = torch.bmm(_rows(query), rounded[part.batch, part.heads].flatten(0, 1)).view(*query.shape[:4], -1)
+                mixed = _read(kernel, _rows(query), rounded[part.batch, part.heads].flatten(0, 1)).view(*query.shape[:4], -1)
                 _denominate(mixed[..., width : width + kernel.reads], k.shape[3], kernel, part.of(totals))
                 for i, c in enumerate(kernel.columns(width)):
                     torch.div(mixed[..., c], part.of(totals)[..., i : i + 1], out=part.of(out)[..., c])
@@ -146,7 +156,7 @@ def _read_backward(
         own, query = rounded[part.batch, part.heads].flatten(0, 1), kernel.features(part.of(q), part)
         a = grad.new_empty(*query.shape[:4], matrix.shape[3])
         a[..., width:] = 0
-        product = torch.bmm(_rows(query), own[..., :width]).view(*query.shape[:4], width)
+        product = _read(kernel, _rows(query), own[..., :width]).view(*query.shape[:4], width)
         for i, c in enumerate(kernel.columns(width)):
             total = part.of(totals)[..., i : i + 1]
             torch.div(part.of(grad)[..., c], total, out=a[..., c])

@@ -1,0 +1,130 @@
+"""The practical implementation of Performer: scores of random directions by one product, exponentials rounded once.
+
+Features of half-precision inputs are wanted exact to their rounding, and `exp` turns an error of its argument into a relative one: the
+directions are cut into a high and a low half-precision part and both multiplied, in float32, by two copies of the inputs. eps stands
+beside the exponentials in features of its own, so that small ones are not rounded away: with `E = exp(..)` of queries and keys,
+`sum_r (E_q + b)(E_k + eps) = E_q . E_k + (eps sum_r E_q + R b eps) 1 + b sum_r E_k`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from math import log
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnbench.eager import wide
+
+from ._kernel import Kernel, Part
+from ._kernelised_causal import Features, causal
+from ._kernelised_chunked import bidirectional, wide_bmm
+from .performer import NORM, PerformerParams, causal_features, directions, key_features, query_features
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor, params: PerformerParams) -> Tensor:
+    """`q: [B, H, N, D]` -> `[B, H, N, Dv]`. Memory beside inputs and output: features of some heads, R elements a token."""
+    if not params.causal:
+        return bidirectional(q, k, v, (Relu if params.kernel == "relu" else Favor)(q, params))
+    count = params.count(q.shape[3])
+    if params.kernel == "relu":
+        plain = Features.plain(count, lambda x, _at: query_features(x, params), lambda x, _at: key_features(x, params))
+        return causal(q, k, v, plain, NORM)
+    stabilised = Features(count + 1, lambda q, k, at, memory: causal_features(q, k, at - at[0], memory, params))
+    return causal(q, k, v, stabilised, NORM)
+
+
+@lru_cache(maxsize=16)
+def _prepared(params: PerformerParams, dim: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What inputs and gradients multiply, `[D or 2 D, W]` and `[W, D]`: directions over D^1/4, in the inputs' dtype.
+
+    Beyond R the first repeats the first direction, so that a maximum is the same over all W; the second is zero there.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad():
+        count = params.count(dim)
+        scaled = dim**-0.25 * directions(params, dim, torch.float64, torch.device("cpu"))
+        full = torch.cat([scaled, scaled[:1].expand(width - count, -1)])
+        high = full.to(dtype)
+        parts = [high, (full - high.double()).to(dtype)] if dtype.itemsize == 2 else [high]
+        return torch.cat(parts, 1).T.contiguous().to(device), pad(high[:count], (0, 0, 0, width - count)).to(device)
+
+
+class _Random(Kernel):
+    """What both kernels share."""
+
+    norm = NORM
+    beside = 0
+    """features beside the R random ones"""
+
+    def __init__(self, q: Tensor, params: PerformerParams) -> None:
+        self.eps, self.count = params.relu_eps if params.kernel == "relu" else params.eps, params.count(q.shape[3])
+        self.width = -(-(self.count + self.beside) // 8) * 8
+        self.forwards, self.backwards = _prepared(params, q.shape[3], self.width, q.dtype, q.device)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """`w_r.x'` `[b, h, g, n, W]` in at least float32, beyond R the first again."""
+        left = x if self.forwards.shape[0] == x.shape[-1] else torch.cat([x, x], -1)
+        return wide_bmm(left.reshape(1, -1, left.shape[-1]), self.forwards.unsqueeze(0)).view(*x.shape[:-1], -1)
+
+    def unscored(self, grad: Tensor) -> Tensor:
+        """The gradient of `x`, in at least float32, where that of its scores is `grad`."""
+        return wide_bmm(grad.to(self.backwards.dtype).view(1, -1, self.width), self.backwards.unsqueeze(0)).view(*grad.shape[:-1], -1)
+
+
+class Relu(_Random):
+    """`phi(x) = relu(w_r.x') + eps`."""
+
+    def features(self, x: Tensor, _part: Part) -> Tensor:
+        """R features and zeros."""
+        phi = torch.add(self.scores(x).clamp_(min=0), self.eps, out=x.new_empty(*x.shape[:-1], self.width))
+        phi[..., self.count :] = 0
+        return phi
+
+    def backward(self, grad: Tensor, features: Tensor, _x: Tensor, _part: Part, out: Tensor) -> Sequence[Tensor]:
+        """The derivative is 1 where a feature exceeds eps."""
+        out.copy_(self.unscored(grad.mul_(features > float(torch.tensor(self.eps, dtype=out.dtype)))))
+        return ()
+
+
+class Favor(_Random):
+    """`phi(x) = exp(w_r.x' - |x'|^2 / 2 - max) + eps`; a query's features are divided by the largest value they can have, which cancels."""
+
+    beside, wide_reads = 2, True
+
+    def features(self, x: Tensor, part: Part) -> Tensor:
+        """R exponentials, the two features beside them, and zeros."""
+        scores, half, phi = self.scores(x), _half(x), x.new_empty(*x.shape[:-1], self.width)
+        if part.side == "key":
+            torch.exp(scores.sub_(half.add_(scores.amax((2, 3, 4), keepdim=True))), out=phi)
+            phi[..., self.count], phi[..., self.count + 1] = 1, _sum(phi[..., : self.count])
+        else:
+            bound = torch.logaddexp(-half, half.new_full((), log(self.eps)))
+            torch.exp(scores.sub_(half.add_(scores.amax(-1, keepdim=True)).add_(bound)), out=phi)
+            rest = self.eps * (-bound).exp_().squeeze(-1)
+            phi[..., self.count] = (_sum(phi[..., : self.count]) + self.count * rest) * self.eps
+            phi[..., self.count + 1] = rest
+        phi[..., self.count + 2 :] = 0
+        return phi
+
+    def backward(self, grad: Tensor, features: Tensor, x: Tensor, part: Part, out: Tensor) -> Sequence[Tensor]:
+        """The derivative of an exponential is itself; the features beside them hand on the sum of their own gradients."""
+        column, factor = (self.count + 1, 1.0) if part.side == "key" else (self.count, self.eps)
+        du = grad.add_(factor * wide(grad[..., column : column + 1])).mul_(features)
+        du[..., self.count :] = 0
+        out.copy_(self.unscored(du).addcmul_(_sum(du).unsqueeze(-1), x, value=-(x.shape[-1] ** -0.5)))
+        return ()
+
+
+def _half(x: Tensor) -> Tensor:
+    """`|x'|^2 / 2`, `[.., 1]`, in at least float32."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.square_().mul_(x.shape[-1] ** -0.5 / 2)
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32))
