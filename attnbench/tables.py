@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnbench import frame, series, stats
+from attnbench import frame, references, series, stats
 from attnbench.stats import Verdict
 from attnbench.suite import CHOICES
 
@@ -28,12 +28,14 @@ class Table:
     caption: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    """sentences below the caption"""
 
     def markdown(self) -> str:
         """A pipe table, the caption below it."""
         lines = [self.header, ("---", "---", *["---:"] * (len(self.header) - 2)), *self.rows]
         table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-        return f"{table}\n\n{self.caption}\n"
+        return "\n\n".join([table, self.caption, *self.notes]) + "\n"
 
     def latex(self) -> str:
         """A `table*` for booktabs, which the preamble must load."""
@@ -43,6 +45,7 @@ class Table:
             r"\begin{table*}", r"  \centering", r"  \small", rf"  \begin{{tabular}}{{{columns}}}", r"    \toprule",
             "    " + " & ".join(map(escape, self.header)) + r" \\", r"    \midrule", *(f"    {line}" for line in body),
             r"    \bottomrule", r"  \end{tabular}", rf"  \caption{{{escape(self.caption)}}}", rf"  \label{{tab:{self.name}}}",
+            *(rf"  \par{{\footnotesize {escape(note)}\par}}" for note in self.notes),
             r"\end{table*}",
             "",
         ])  # fmt: skip
@@ -119,7 +122,25 @@ def _speed(group: series.Group, mode: str, accuracy: pd.DataFrame, lengths: Sequ
         "Memory beside the inputs." + (f" Relative error against softmax at N={at}, {series.describe(accuracy)}." if errors else "")
     )
     titles = ("method", "family", *header, *(f"error, {profile}" for profile in errors))
-    return Table(f"{group.suite}-{group.place}-{mode.replace('+', '-')}", caption, titles, tuple(lines))
+    name = f"{group.suite}-{group.place}-{mode.replace('+', '-')}"
+    return Table(name, caption, titles, tuple(lines), tuple(_cited(rows, columns)))
+
+
+def _cited(rows: pd.DataFrame, columns: Sequence[int]) -> Iterable[str]:
+    """Numbers measured elsewhere under these conditions, each with its ratio to ours of the same setting, one sentence a source."""
+    found: dict[str, list[str]] = {}
+    for one in (*references.beside(rows, references.TIME), *references.beside(rows, references.MEMORY)):
+        time = one.column == references.TIME
+        ours = rows[one.same_setting(rows) & (rows["status"] == "ok")].sort_values("time_s")
+        unit, what, scale = ("ms", "", 1e3) if time else ("MiB", "peak memory ", 2**-20)
+        parts = []
+        for n in (n for n in one.values if n in columns):
+            mine = ours.loc[ours["n"] == n, one.column].dropna()
+            ratio = f" ({figures(one.values[n] / float(mine.iloc[0]))}{TIMES} ours)" if len(mine) else ""
+            parts.append(f"{one.values[n] * scale:.6g} {unit}{ratio} at N={n}")
+        if parts:
+            found.setdefault(one.source, []).append(f"{one.name(settings=True)}: {what}{', '.join(parts)}")
+    return (f"Cited, not measured here. {'; '.join(lines)}. {source}." for source, lines in found.items())
 
 
 def _dicts(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from attnbench import frame, metrics, series, stats
+from attnbench import frame, metrics, references, series, stats
 from attnbench.figures import _panel
 from attnbench.figures._style import LETTERS, WIDTHS, WORDS, paper, variants, wrapped
 from attnbench.metrics import METRICS
@@ -37,9 +38,10 @@ class Facets:
     def data(self, table: pd.DataFrame) -> pd.DataFrame:
         """What is drawn, one row a point or failure, in the axis's unit.
 
-        `kind` is `series`, `baseline` (the best exact method at each length) or `exact` (in the caption only). `low` and `high`
-        are quartiles where the metric is of time, else the range over seeds. `floor` is the A/A noise floor, where the series
-        was measured twice. Points and failures of one series over several seeds count as failed unless every seed is `ok`.
+        `kind` is `series`, `baseline` (the best exact method at each length), `exact` (in the caption only) or `cited` (measured
+        elsewhere; `ran` says where). `low` and `high` are quartiles where the metric is of time, else the range over seeds. `floor` is
+        the A/A noise floor, where the series was measured twice. Points and failures of one series over several seeds count as failed
+        unless every seed is `ok`.
         """
         if table.empty:
             return pd.DataFrame()
@@ -50,7 +52,22 @@ class Facets:
         points = self._points(rows)
         if not any(p["status"] == "ok" for p in points):
             return pd.DataFrame()
-        return pd.DataFrame([*points, *self._baseline(points)])
+        return pd.DataFrame([*points, *self._baseline(points), *self._cited(rows)])
+
+    def _cited(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
+        metric = METRICS[self.metric]
+        found = references.beside(rows, metric.column) if self.by == "mode" else []
+        several = len({json.dumps(one.params, sort_keys=True) for one in found}) > 1
+        return [
+            {
+                "kind": "cited", "panel": one.mode, "family": str(series.family(one.method) or "other"),
+                "series": f"{one.name(settings=several)}, cited", "label": f"{one.method}@cited", "method": one.method,
+                "params": json.dumps(one.params, sort_keys=True), "ran": one.source, "n": n, "value": value / metric.divide,
+                "low": np.nan, "high": np.nan, "status": "ok", "floor": np.nan,
+            }
+            for one in found
+            for n, value in one.values.items()
+        ]  # fmt: skip
 
     def _points(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         metric = METRICS[self.metric]
@@ -141,6 +158,9 @@ class Facets:
             parts.append(f"Shaded band: A/A noise floor {noise}, drawn around the series that was measured twice.")
         if (drawn["kind"] == "baseline").any():
             parts.append("Grey: the best dense method at each length.")
+        cited = drawn[drawn["kind"] == "cited"]
+        if len(cited):
+            parts.append(f"Hollow markers on dotted lines: cited, not measured here. {'. '.join(sorted(cited['ran'].unique()))}.")
         exact = drawn[(drawn["kind"] == "exact") & (drawn["status"] == "ok")]
         if len(exact):
             parts.append(f"Not drawn: exact methods ({', '.join(sorted(exact['series'].unique()))}), at {_span(exact['value'])}.")
@@ -157,8 +177,8 @@ def _span(values: pd.Series[float]) -> str:
 
 def _blocks(drawn: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """Rows of panels: all series in one where they are few, else one for each family, in the taxonomy's order."""
-    own, grey = drawn[drawn["kind"] == "series"], drawn[drawn["kind"] == "baseline"]
-    if own["series"].nunique() <= CROWDED:
+    own, grey = drawn[drawn["kind"].isin(["series", "cited"])], drawn[drawn["kind"] == "baseline"]
+    if drawn.loc[drawn["kind"] == "series", "series"].nunique() <= CROWDED:
         return [("", own)]
     order = [*(str(f) for f in Family), "other"]
     found = [(f, own[own["family"] == f]) for f in order if (own["family"] == f).any()]

@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from attnbench import series
-from attnbench.figures._style import BASELINE, LETTERS, WIDTHS, length_axis, look
+from attnbench.figures._style import BASELINE, LETTERS, WIDTHS, cited, length_axis, look
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
     from attnbench.metrics import Metric
 
+_LAST = ("series", "exact", "cited", "baseline")
 _LINE_IN, _STRIP_IN, _EMPTY_IN = 0.125, 0.095, 0.02
 
 
 def names(block: pd.DataFrame) -> list[str]:
-    """Series of a block by family and name, a baseline last."""
+    """Series of a block by family and name, then what is cited, a baseline last."""
     rows = block.drop_duplicates("series").to_dict("records")
     return [
         str(r["series"])
-        for r in sorted(rows, key=lambda r: (r["kind"] == "baseline", series.family_rank(r["family"]), series.natural(str(r["series"]))))
+        for r in sorted(rows, key=lambda r: (_LAST.index(r["kind"]), series.family_rank(r["family"]), series.natural(str(r["series"]))))
     ]
 
 
@@ -77,6 +78,8 @@ class Canvas:
         """Line properties of the series that a row belongs to."""
         if row["kind"] == "baseline":
             return {"color": BASELINE, "linewidth": 2.2, "alpha": 0.7, "solid_capstyle": "round", "zorder": 1}
+        if row["kind"] == "cited":
+            return cited(str(row["method"]), self.variants[str(row["series"])])
         return look(str(row["label"]), self.variants[str(row["series"])])
 
     def draw(self, band: Band, number: int, *, last: bool) -> None:

@@ -88,6 +88,11 @@ def look(label: str, variant: int = 0) -> dict[str, Any]:
     }
 
 
+def cited(method: str, variant: int = 0) -> dict[str, Any]:
+    """Line properties of numbers measured elsewhere: the method's colour and marker, hollow, on a dotted line."""
+    return {**look(method, variant), "fillstyle": "none", "linestyle": ":", "linewidth": 0.8, "markersize": 5.2}
+
+
 def _tint(colour: str, variant: int) -> str:
     """The colour itself, then steps towards black and white in turn."""
     step = (variant + 1) // 2
