@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from attnbench import suite
 from attnbench.errors import UserError
+from attnbench.registry import get
 from attnbench.suite import Case, Entry, Protocol, Suite
 
 if TYPE_CHECKING:
@@ -112,6 +113,18 @@ def test_the_suites_cover_what_they_promise() -> None:
     budgets = {(dict(c.params)["landmarks"], dict(c.params)["topk"]) for c in suite.load("vision").expand() if c.method == "mita"}
     assert budgets == {(25, 25), (49, 49)}
     assert {c.profile for c in suite.load("fidelity").expand()} == {"randn", "clustered", "needle", "local"}
+
+
+def test_the_graph_suite_asks_only_what_a_graph_can_hold() -> None:
+    graph, speed = suite.load("graph"), suite.load("speed")
+    cases = graph.expand()
+    assert {c.graph for c in cases} == {True}
+    assert {(c.n, c.mode) for c in cases} == {(1024 << i, mode) for i in range(7) for mode in suite.CHOICES["mode"]}
+    for entry in graph.methods:
+        assert entry in speed.methods, "settings are those of speed, so that the two can be laid beside each other"
+        method = get(entry.name)
+        best = method.implementation(method.pinned) if method.pinned else method.all_implementations()[0]
+        assert not best.limits.no_graph, f"{entry.name} would fall back to a slower implementation"
 
 
 def test_override_changes_axes_methods_and_parameters() -> None:
