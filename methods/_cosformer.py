@@ -1,0 +1,50 @@
+"""The practical implementation of cosFormer: features rounded once, and their derivative, in few passes."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+
+from ._kernel import Kernel, Part
+from ._kernelised_causal import Features, causal
+from ._kernelised_chunked import bidirectional
+from .cosformer import NORM, CosformerParams, angles, feature
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def chunked(q: Tensor, k: Tensor, v: Tensor, params: CosformerParams) -> Tensor:
+    """`q: [B, H, N, D]` -> `[B, H, N, Dv]`. Memory beside inputs and output: features of some heads, 2 D elements a token."""
+    if params.causal:
+        phi = partial(feature, length=q.shape[2])
+        return causal(q, k, v, Features.plain(2 * q.shape[3], phi, phi), NORM)
+    return bidirectional(q, k, v, Cosine(q, k))
+
+
+class Cosine(Kernel):
+    """`phi(x_i) = [relu(x_i) sin, relu(x_i) cos]` of `pi i / 2M`."""
+
+    norm, vanishes = NORM, True
+
+    def __init__(self, q: Tensor, k: Tensor) -> None:
+        self.width, length = 2 * q.shape[3], max(q.shape[2], k.shape[2])
+        angle = angles(torch.arange(length, device=q.device), length)
+        self.sin, self.cos = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (angle.sin(), angle.cos()))
+
+    def features(self, x: Tensor, part: Part) -> Tensor:
+        """Products in float32, rounded once."""
+        phi, positive = x.new_empty(*x.shape[:-1], self.width), x.clamp(min=0)
+        sines, cosines = phi.chunk(2, -1)
+        torch.mul(positive, self.sin[part.tokens], out=sines)
+        torch.mul(positive, self.cos[part.tokens], out=cosines)
+        return phi
+
+    def backward(self, grad: Tensor, _features: Tensor, x: Tensor, part: Part, out: Tensor) -> tuple[()]:
+        """The sum of both halves, where x is above 0."""
+        sines, cosines = grad.chunk(2, -1)
+        total = (sines * self.sin[part.tokens]).addcmul_(cosines, self.cos[part.tokens])
+        torch.mul(total, x > 0, out=out)
+        return ()
