@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from attnbench.eager import causal_mask, expand_heads
 from attnbench.fastweights import Bank
@@ -18,8 +19,6 @@ from attnbench.method import Cost, Params, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,8 @@ class Normaliser:
 
     def __call__(self, total: Tensor, keys: Tensor | int) -> Tensor:
         """From sums over `keys` keys."""
-        total = total + self.add * (keys if self.mean else 1)
+        count = keys.to(total.dtype) if isinstance(keys, Tensor) else keys
+        total = total + self.add * (count if self.mean else 1)
         return total.clamp(min=self.least) if self.least else total
 
 
@@ -63,6 +63,11 @@ def bank(query_map: Callable[[Tensor, Tensor], Tensor], key: Tensor, value: Tens
     total = key.sum(2).clamp(min=torch.finfo(key.dtype).tiny)
     state = key.transpose(-1, -2) @ value / total.unsqueeze(-1)
     return Bank(w1=torch.diag_embed(total).unsqueeze(2), w2=state.unsqueeze(2), activation="linear", query_map=query_map)
+
+
+def mean_map(query_map: Callable[[Tensor, Tensor], Tensor], *, causal: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    """`query_map` for a denominator of means: causal, query i reads i + 1 keys, so that its features are divided by as many."""
+    return (lambda q, rows: query_map(q, rows) / (rows[:, None] + 1)) if causal else query_map
 
 
 def cost(shape: Shape, features: int, *, reads: int = 1, project: Mapping[str, int] | None = None, learned: int = 0) -> Cost:
