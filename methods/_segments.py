@@ -53,7 +53,10 @@ class Saved(NamedTuple):
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Output `[R, H, Dv]` and log-sum-exp `[H, R]`, -inf where a segment has no keys, of `q: [R, H, D]` and `k: [T, Hkv, D]`."""
+    """Output `[R, H, Dv]` and log-sum-exp `[H, R]`, -inf where a segment has no keys, of `q: [R, H, D]` and `k: [T, Hkv, D]`.
+
+    The output of flash attention is of the type of q, that of the loop wide.
+    """
     return _flash_forward(q, k, v, layout) if q.is_cuda else _loop_forward(q, k, v, layout)
 
 
@@ -66,7 +69,7 @@ def backward(grad: Tensor, saved: Saved, layout: Layout) -> tuple[Tensor, Tensor
 
 
 def kept(out: Tensor, like: Tensor) -> Tensor:
-    """The output, in at least float32, as the backward pass takes it.
+    """A wide output as the backward pass takes it.
 
     Flash attention wants the type of q. Where one key carries a softmax, `grad v^T - delta` is a small difference, and rounded outputs
     are what limits its accuracy: the loop keeps them wide.
@@ -99,12 +102,12 @@ def _logits(q: Tensor, k: Tensor, layout: Layout) -> Tensor:
 
 
 def _loop_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    heads, out = q.shape[1], v.new_empty(*q.shape[:2], v.shape[2])
+    heads, out = q.shape[1], wide(v[:0]).new_empty(*q.shape[:2], v.shape[2])
     lse = wide(q).new_empty(heads, len(q))
     for i, j in _slices(layout):
         logits = _logits(q[i], k[j], layout)
         lse[:, i] = logits.logsumexp(-1)
-        out[i] = ((logits - lse[:, i, None]).exp() @ _by_head(v[j], heads)).transpose(0, 1).to(v.dtype)
+        out[i] = ((logits - lse[:, i, None]).exp() @ _by_head(v[j], heads)).transpose(0, 1)
     return out, lse
 
 
