@@ -34,12 +34,6 @@ class MobaParams(Params):
         return -(-keys // self.block)
 
 
-def block_lengths(keys: int, params: MobaParams, device: torch.device) -> Tensor:
-    """Keys in each block `[E]`."""
-    starts = torch.arange(0, keys, params.block, device=device)
-    return (keys - starts).clamp(max=params.block)
-
-
 @torch.no_grad()
 def block_means(k: Tensor, params: MobaParams) -> Tensor:
     """Mean key of each block, `[B, Hkv, M, D]` -> `[B, Hkv, E, D]` in at least float32."""
