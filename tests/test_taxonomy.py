@@ -18,6 +18,9 @@ from attnbench.verify import LENGTHS, verify
 
 PAPER = {  # the figure's rows of methods that are here, transcribed
     "linear": ("compression", "linear layer", "one shared", "kernelization", "all-to-one"),
+    "mhla": ("compression", "linear layer", "m", "local prior & kernelization", "m times N/m-to-one"),
+    "linformer": ("compression", "MLP", "one shared", "learnable projection", "all-to-one"),
+    "pvt": ("compression", "MLP", "one shared", "learnable projection", "all-to-one"),
     "agent": ("compression", "MLP", "one shared", "landmark probing", "all-to-one"),
     "ttt": ("compression", "module", "one shared", "test-time training", "all-to-one"),
     "vit3": ("compression", "module", "one shared", "test-time training", "all-to-one"),

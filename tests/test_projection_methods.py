@@ -1,0 +1,422 @@
+"""InLine, MHLA, Linformer and PVT: their formulas worked out by hand, limits, supports, half precision and costs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, gelu, layer_norm, leaky_relu, linear, pad, scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
+
+import attnbench
+from attnbench import fastweights
+from attnbench.check import gate
+from attnbench.inputs import draw
+from attnbench.method import Shape
+
+SETTINGS = {
+    "inline": [{}, {"kernel": "relu"}, {"kernel": "leakyrelu"}, {"kernel": "exp"}, {"conv": 3}, {"conv": 5, "kernel": "exp"}],
+    "mhla": [
+        {},
+        {"grid": "none", "blocks": 7},
+        {"blocks": 6, "transform": "linear", "conv": 3},
+        {"blocks": 4, "transform": "gaussian", "normalizer": "none"},
+        {"grid": "none", "blocks": 5, "transform": "local"},
+        {"blocks": 1, "transform": "exp"},
+    ],
+    "linformer": [{"rank": 5}, {"rank": 4, "per_head": True}, {"rank": 7, "share": True}, {"rank": 3, "per_head": True, "share": True}],
+    "pvt": [{"reduction": 3}, {"reduction": 2, "per_head": True}, {"reduction": 4}, {"pool": 3}, {"pool": 2, "per_head": True}],
+}
+CASES = [(name, setting) for name, settings in SETTINGS.items() for setting in settings]
+PRACTICAL = {"inline": "products", "mhla": "blocked", "linformer": "sdpa", "pvt": "sdpa"}
+REPO = {"blocks": 4, "normalizer": "repo"}
+
+
+def make(n, kv_heads=2, *, heads=4, dim=6, dim_v=5, batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, n, dim), (batch, kv_heads, n, dim), (batch, kv_heads, n, dim_v)]
+    return [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+
+
+def prepared(name, setting, qkv, seed=3):
+    """A method, its parameters, and learned weights moved off their initial values."""
+    method = attnbench.get(name)
+    params, shape = method.parse(setting), Shape.of(*qkv)
+    assert not params.problems(shape)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = method.initial(shape, params, qkv[0])
+    return method, params, {k: x + 0.1 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for k, x in drawn.items()}
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+def repeated(x, q):
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1)
+
+
+def image(x, sides):
+    """`[B, H, N, D]` -> `[B, H D, height, width]`."""
+    return x.permute(0, 1, 3, 2).reshape(x.shape[0], -1, *sides)
+
+
+def tokens(x, heads):
+    return x.flatten(2).unflatten(1, (heads, -1)).permute(0, 1, 3, 2)
+
+
+SIDES = {35: (5, 7), 36: (6, 6), 60: (6, 10)}
+
+
+def inline_by_hand(q, k, v, params, w):
+    phi = {"identity": lambda x: x, "relu": torch.relu, "leakyrelu": leaky_relu, "exp": lambda x: (0.2 * x).exp()}[params.kernel]
+    keys, values = repeated(phi(k), q), repeated(v, q)
+    scores = phi(q) @ keys.mT / q.shape[-1] ** 0.5
+    weights = (scores + 1 - scores.mean(-1, keepdim=True)) / k.shape[2]
+    close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    out = weights @ values
+    if params.conv:
+        (b, h, n, _), side, (height, width) = q.shape, params.conv, SIDES[q.shape[2]]
+        margin = side // 2
+        for i in range(b):
+            for j in range(h):
+                net = gelu(linear(q[i, j].mean(0), w["conv_in"][j], w["conv_in_bias"][j]))
+                kernel = linear(net, w["conv_out"][j], w["conv_out_bias"][j]).view(-1, side, side)
+                grid = pad(values[i, j].view(height, width, -1), (0, 0, margin, margin, margin, margin))
+                for t in range(n):
+                    window = grid[t // width : t // width + side, t % width : t % width + side]
+                    out[i, j, t] += torch.einsum("xyd,dxy->d", window, kernel)
+    return out
+
+
+def block_of(n, params):
+    """The block of each token, by the definition of its borders."""
+    height, width = (1, n) if params.grid == "none" else SIDES[n]
+    shapes = [(r, params.blocks // r) for r in range(1, params.blocks + 1) if params.blocks % r == 0]
+    fits = [(r, c) for r, c in shapes if r <= height and c <= width]
+    rows, columns = min(fits, key=lambda x: (abs(math.log(height / x[0] / (width / x[1]))), -x[0]))
+    owner = torch.empty(height, width, dtype=torch.long)
+    for r in range(rows):
+        for c in range(columns):
+            owner[r * height // rows : (r + 1) * height // rows, c * width // columns : (c + 1) * width // columns] = r * columns + c
+    return owner.flatten()
+
+
+def mhla_by_hand(q, k, v, params, w):
+    owner, keys, values = block_of(q.shape[2], params), repeated(k, q).clamp(min=0) + 1e-6, repeated(v, q)
+    query = q.clamp(min=0) + 1e-6
+    weights = (query @ keys.mT) * w["mix"][owner][:, owner]
+    total = weights.sum(-1, keepdim=True) + 1e-6
+    if params.normalizer == "none":
+        total = torch.ones_like(total)
+    if params.normalizer == "repo":
+        own = (query * torch.stack([keys[:, :, owner == b].sum(2) for b in owner.tolist()], 2)).sum(-1)
+        total = torch.zeros_like(total)
+        for b in range(params.blocks):
+            for a in range(params.blocks):
+                total[:, :, owner == b, 0] += w["mix"][b, a] * own[:, :, owner == a]
+        total += 1e-6
+    out = weights @ values / total
+    if params.conv:
+        sides = (1, q.shape[2]) if params.grid == "none" else SIDES[q.shape[2]]
+        kernel = w["conv"].flatten(0, 1).unsqueeze(1)
+        maps = conv2d(image(v, sides), kernel, w["conv_bias"].flatten(), padding="same", groups=len(kernel))
+        out = out + repeated(tokens(maps, v.shape[1]), q)
+    return out
+
+
+def linformer_by_hand(q, k, v, params, w):
+    e, f = w["e"], w["e" if params.share else "f"]
+    assert ("f" in w) != params.share
+    mix = "hrm,bhmd->bhrd" if params.per_head else "rm,bhmd->bhrd"
+    keys, values = repeated(torch.einsum(mix, e, k), q), repeated(torch.einsum(mix, f, v), q)
+    return torch.softmax(q @ keys.mT / q.shape[-1] ** 0.5, -1) @ values
+
+
+def pvt_by_hand(q, k, v, params, w):
+    def shrunk(x, name):
+        maps, heads = image(x, SIDES[x.shape[2]]), x.shape[1]
+        maps = adaptive_avg_pool2d(maps, params.pool) if params.pool else maps
+        kernel, groups = w[f"{name}_conv"].permute(0, 3, 1, 2), heads if params.per_head else 1
+        maps = conv2d(maps, kernel, w[f"{name}_bias"], stride=kernel.shape[2:], groups=groups)
+        rows, channels = maps.flatten(2).mT, maps.shape[1] // groups
+        normal = layer_norm(rows.unflatten(2, (groups, channels)), (channels,), eps=1e-5).flatten(2)
+        rows = normal * w[f"{name}_scale"] + w[f"{name}_shift"]
+        return repeated(tokens((gelu(rows) if params.pool else rows).mT, heads), q)
+
+    return scaled_dot_product_attention(q, shrunk(k, "k"), shrunk(v, "v"))
+
+
+BY_HAND = {"inline": inline_by_hand, "mhla": mhla_by_hand, "linformer": linformer_by_hand, "pvt": pvt_by_hand}
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("n", [35, 60])
+@pytest.mark.parametrize(("name", "setting"), [*CASES, ("mhla", {"blocks": 15}), ("mhla", {"blocks": 10, "grid": "none"})])
+def test_definition_is_the_formula(name, setting, n, kv_heads):
+    qkv = make(n, kv_heads)
+    method, params, w = prepared(name, setting, qkv)
+    close(method.reference(*qkv, params, weights=w), BY_HAND[name](*qkv, params, w))
+
+
+@pytest.mark.parametrize("setting", [REPO, {"blocks": 9, "normalizer": "repo"}, {"blocks": 12, "grid": "none", "normalizer": "repo"}])
+def test_denominator_of_the_authors_code_mixes_places(setting):
+    qkv = make(36)
+    method, params, w = prepared("mhla", setting, qkv)
+    close(method.reference(*qkv, params, weights=w), mhla_by_hand(*qkv, params, w))
+
+
+@pytest.fixture(params=["roomy", "tight"])
+def budget(request, monkeypatch):
+    """Small chunks, runs and thresholds, so that small inputs are cut up as large ones are on a GPU."""
+    if request.param == "tight":
+        monkeypatch.setattr("attnbench.methods._chunks._BUDGET_BYTES", {"cpu": 1 << 12})
+        monkeypatch.setattr("attnbench.methods._products._SUMMED", 5)
+        monkeypatch.setattr("attnbench.methods._project._HEADS", 5)
+        monkeypatch.setattr("attnbench.methods._project._RUN", 7)
+        monkeypatch.setattr("attnbench.methods._compressed._BLOCKS", {"cpu": 64})
+        monkeypatch.setattr("attnbench.methods._compressed._LEAST", 6)
+
+
+EVEN = [("mhla", REPO, 36, 2), ("mhla", {**REPO, "grid": "none"}, 60, 4), ("mhla", {"blocks": 9, "grid": "none"}, 36, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "n", "kv_heads"), [*((*case, *size) for case in CASES for size in ((35, 2), (36, 4), (60, 1))), *EVEN]
+)
+@pytest.mark.usefixtures("budget")
+def test_practical_implementation_and_fast_weights_are_the_definition(name, setting, n, kv_heads):
+    qkv = make(n, kv_heads)
+    method, params, w = prepared(name, setting, qkv)
+    close(fastweights.apply(method.experts(*qkv, params, weights=w), qkv[0]), method.reference(*qkv, params, weights=w))
+    function = method.function(method.implementation(PRACTICAL[name]))
+    grad = make(n, dim=5, seed=1)[0]
+    found = []
+    for run in (function, method.reference):
+        leaves = [x.detach().clone().requires_grad_() for x in (*qkv, *w.values())]
+        out = run(*leaves[:3], params, weights=dict(zip(w, leaves[3:], strict=True)))
+        found.append((out, *torch.autograd.grad(out, leaves, grad)))
+    for actual, expected in zip(*found, strict=True):
+        close(actual, expected)
+
+
+# one block alone is left out: its mixing weight cancels, so that its gradient is rounding alone
+HALF = [(*case, torch.bfloat16, "randn") for case in [*CASES, ("mhla", REPO), ("mhla", {"blocks": 10}), ("pvt", {"reduction": 1})]]
+HALF = [case for case in HALF if case[1].get("blocks") != 1]
+HALF += [(name, SETTINGS[name][0], dtype, "local") for name in SETTINGS for dtype in (torch.bfloat16, torch.float16, torch.float32)]
+
+
+@pytest.mark.parametrize(("name", "setting", "dtype", "profile"), HALF)
+def test_low_precision_passes_the_gate(name, setting, dtype, profile):
+    method = attnbench.get(name)
+    params = method.parse({**setting, **({"rank": 49} if name == "linformer" else {})})
+    inputs = draw(profile, Shape(1, 4, 288, 32, kv_heads=2), 0, dtype, "cpu")
+    verdict = gate(method, method.implementation(PRACTICAL[name]), params, inputs, backward=True, rows=64)
+    assert verdict.passed, {key: (verdict.errors[key], verdict.bounds[key]) for key in verdict.errors}
+    assert verdict.deterministic
+
+
+@pytest.mark.usefixtures("budget")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_low_precision_passes_the_gate_when_cut_up(name):
+    method = attnbench.get(name)
+    params = method.parse(SETTINGS[name][0])
+    inputs = draw("clustered", Shape(1, 4, 60, 16, kv_heads=2), 0, torch.bfloat16, "cpu")
+    verdict = gate(method, method.implementation(PRACTICAL[name]), params, inputs, backward=True)
+    assert verdict.passed, {key: (verdict.errors[key], verdict.bounds[key]) for key in verdict.errors}
+
+
+@pytest.mark.parametrize("name", ["inline", "linformer"])
+@pytest.mark.usefixtures("budget")
+def test_cross_attention(name):
+    (q, _, _), (_, k, v) = make(40), make(70)
+    method, params, w = prepared(name, SETTINGS[name][0], (q, k, v))
+    want = BY_HAND[name](q, k, v, params, w)
+    close(method.reference(q, k, v, params, weights=w), want)
+    close(method(q, k, v, weights=w, **SETTINGS[name][0]), want)
+
+
+def test_limits_are_softmax_attention():
+    q, k, v = make(36)
+    want = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    eye = torch.eye(36, dtype=torch.float64)
+    close(attnbench.get("linformer")(q, k, v, rank=36, weights={"e": eye, "f": eye}), want)
+    close(attnbench.get("pvt")(q, k, v, reduction=1), want)
+    assert attnbench.get("pvt").initial(Shape.of(q, k, v), attnbench.get("pvt").params(reduction=1), q) == {}
+
+
+def test_inline_is_an_affine_map_of_the_covariance():
+    q, k, v = make(36, 4)
+    centred = [x - x.mean(2, keepdim=True) for x in (k, v)]
+    want = v.mean(2, keepdim=True) + q @ (centred[0].mT @ centred[1]) / 36 / 6**0.5
+    close(attnbench.get("inline")(q, k, v), want)
+
+
+def test_inline_tells_apart_queries_that_differ_in_length_alone():
+    q, k, v = make(36)
+    short, long, other = (attnbench.get("inline")(x, k, v) for x in (q, 2 * q, 3 * q))
+    close(other - long, long - short)
+    assert (long - short).norm(dim=-1).min() > 1e-3
+
+
+def test_mhla_without_mixing_weights_is_normalised_linear_attention():
+    q, k, v = make(36)
+    got = attnbench.get("mhla")(q, k, v, blocks=9, weights={"mix": torch.ones(9, 9, dtype=torch.float64)})
+    weights = (q.clamp(min=0) + 1e-6) @ (repeated(k, q).clamp(min=0) + 1e-6).mT
+    close(got, weights @ repeated(v, q) / (weights.sum(-1, keepdim=True) + 1e-6))
+
+
+@pytest.mark.parametrize(("name", "setting"), [c for c in CASES if c[0] in ("inline", "mhla") and "conv" not in c[1]])
+def test_weights_that_sum_to_one_keep_a_constant_value(name, setting):
+    q, k, v = make(36)
+    q, constant = q.abs(), torch.ones_like(v) * torch.arange(5)  # a query without a positive entry has features of the size of eps
+    out = attnbench.get(name)(q, k, constant, **setting)
+    if setting.get("normalizer"):
+        assert not torch.allclose(out, repeated(constant, q), rtol=0.1)
+    else:
+        torch.testing.assert_close(out, repeated(constant, q), rtol=1e-6, atol=1e-6)  # mhla adds 1e-6 to the denominator
+
+
+def test_denominator_of_the_authors_code_does_not_normalise():
+    q, k, v = make(36)
+    out = attnbench.get("mhla")(q, k, torch.ones_like(v), **REPO)
+    assert out.min() < 0.9
+    assert out.max() > 1.1
+
+
+def outside(name):
+    """A setting, learned weights, and tokens `[N]` that the first query does not read."""
+    q, k, v = make(35)
+    if name == "pvt":  # the seventh column and the fifth row fill no patch of 2 x 2
+        grid = torch.zeros(5, 7, dtype=torch.bool)
+        grid[4], grid[:, 6] = True, True
+        return {"reduction": 2}, None, grid.flatten()
+    if name == "mhla":  # five blocks of seven in a row: the first reads itself and its neighbour
+        return {"grid": "none", "blocks": 5, "transform": "local"}, None, torch.arange(35) >= 14
+    w = prepared(name, {"rank": 5}, (q, k, v))[2]
+    unread = torch.arange(35) % 4 == 1
+    return {"rank": 5}, {key: x.masked_fill(unread, 0.0) for key, x in w.items()}, unread
+
+
+@pytest.mark.parametrize("name", ["mhla", "linformer", "pvt"])
+def test_tokens_outside_the_support_do_not_matter(name):
+    q, k, v = make(35)
+    setting, w, unread = outside(name)
+    method = attnbench.get(name)
+    before = method(q, k, v, weights=w, **setting)[:, :, 0]
+    far = [torch.where(unread.unsqueeze(-1), x + 3.0, x) for x in (k, v)]
+    close(method(q, *far, weights=w, **setting)[:, :, 0], before)
+    near = torch.where(unread.unsqueeze(-1), v, v + torch.randn_like(v))
+    assert not torch.allclose(method(q, k, near, weights=w, **setting)[:, :, 0], before)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "equivariant"),
+    [
+        ("inline", {}, True),
+        ("inline", {"conv": 3}, False),
+        ("mhla", {"blocks": 4}, False),
+        ("mhla", {"blocks": 1}, True),
+        ("linformer", {"rank": 5}, False),
+        ("pvt", {"reduction": 2}, False),
+    ],
+)
+def test_the_order_of_tokens_matters_where_it_should(name, setting, equivariant):
+    qkv = make(36)
+    order = torch.randperm(36, generator=torch.Generator().manual_seed(0))
+    method, _, w = prepared(name, setting, qkv)
+    moved = method(*(x[:, :, order] for x in qkv), weights=w, **setting)
+    assert torch.allclose(moved, method(*qkv, weights=w, **setting)[:, :, order], rtol=1e-9, atol=1e-11) == equivariant
+
+
+def test_the_order_inside_a_block_does_not_matter():
+    qkv = make(36)
+    method, params, w = prepared("mhla", {"blocks": 4}, qkv)
+    owner = params.tiles(36).owner(torch.device("cpu"))
+    order = torch.cat([(owner == b).nonzero()[:, 0].roll(2) for b in range(4)])
+    order = order[torch.cat([(owner == b).nonzero()[:, 0] for b in range(4)]).argsort()]
+    assert not order.equal(torch.arange(36))
+    close(method(*(x[:, :, order] for x in qkv), weights=w, blocks=4), method(*qkv, weights=w, blocks=4)[:, :, order])
+
+
+@pytest.mark.parametrize("transform", ["cos", "linear", "exp", "local"])
+@pytest.mark.parametrize("grid", ["auto", "none"])
+def test_mixing_weights_start_near_and_columns_sum_to_one(transform, grid):
+    method = attnbench.get("mhla")
+    mix = method.initial(Shape(1, 1, 64, 4), method.params(transform=transform, grid=grid), torch.empty(0).double())["mix"]
+    assert mix.shape == (16, 16)
+    close(mix.sum(0), torch.ones(16, dtype=torch.float64))
+    assert (mix.diagonal() >= mix.amax(0) - 1e-12).all()
+    assert mix.sum(1).sub(1).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("name", "setting"), CASES)
+def test_learned_weights_are_finite_seeded_and_the_same_for_any_batch(name, setting):
+    method = attnbench.get(name)
+    params = method.parse(setting)
+    one, again, more = (method.initial(Shape(b, 4, 36, 8, kv_heads=2), params, torch.empty(0).double()) for b in (1, 1, 5))
+    for key, x in one.items():
+        assert x.isfinite().all()
+        assert x.equal(again[key])
+        assert x.equal(more[key])
+
+
+def test_initial_scales_are_the_published_ones():
+    like, wide = torch.empty(0).double(), Shape(1, 4, 256, 16)
+    linformer, pvt = attnbench.get("linformer"), attnbench.get("pvt")
+    e = linformer.initial(wide, linformer.params(rank=64), like)["e"]
+    authors = torch.nn.init.xavier_uniform_(torch.empty(64, 256), gain=2**-0.5)
+    assert abs(float(e.std() / authors.std()) - 1) < 0.05
+    conv = pvt.initial(wide, pvt.params(reduction=4), like)["k_conv"]
+    assert 0.99 < conv.abs().max() / torch.nn.Conv2d(64, 64, 4, 4).weight.detach().abs().max() < 1.01
+    pooled = pvt.initial(wide, pvt.params(pool=7), like)["v_conv"]
+    assert abs(float(pooled.std()) / (2 / 64) ** 0.5 - 1) < 0.05
+
+
+@pytest.mark.parametrize(("name", "setting"), [c for c in CASES if c[1].get("blocks") != 1])  # a 1 x 1 product is none to torch
+def test_costs_are_the_products_that_run(name, setting):
+    qkv = make(36, 4)
+    method, params, w = prepared(name, setting, qkv)
+    with FlopCounterMode(display=False) as counter:
+        method.reference(*qkv, params, weights=w)
+    flops = dict(method.cost(Shape.of(*qkv), params).flops)
+    added = flops.pop("pool", 0) + flops.pop("normalise", 0)
+    assert counter.get_total_flops() == sum(flops.values())
+    assert (added > 0) == ((name in ("inline", "mhla") and setting.get("normalizer") != "none") or "pool" in setting)
+
+
+def test_costs_count_learned_weights_once():
+    shape, larger = (Shape(b, 4, 64, 8) for b in (1, 2))
+    method = attnbench.get("linformer")
+    for setting, owned in (({}, 2 * 16 * 64), ({"share": True}, 16 * 64), ({"per_head": True}, 2 * 4 * 16 * 64)):
+        params = method.parse({"rank": 16, **setting})
+        one, two = (method.cost(s, params).elements for s in (shape, larger))
+        assert 2 * one - two == owned == sum(x.numel() for x in method.initial(shape, params, torch.empty(0)).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "n", "words"),
+    [
+        ("inline", {"conv": 2}, 36, "conv = 2 is even"),
+        ("inline", {"conv": 3, "grid": "5x7"}, 36, "holds 35 tokens"),
+        ("mhla", {"blocks": 13}, 36, "blocks = 13 do not tile a 6 x 6 grid"),
+        ("mhla", {"blocks": 40}, 36, "exceeds N = 36"),
+        ("mhla", {"normalizer": "repo"}, 36, "needs blocks of one size"),
+        ("mhla", {"conv": 4}, 36, "conv = 4 is even"),
+        ("mhla", {"grid": "line"}, 36, "HxW"),
+        ("linformer", {"rank": 37}, 36, "exceeds M (keys) = 36"),
+        ("linformer", {"rank": 0}, 36, "least value"),
+        ("pvt", {"reduction": 8}, 36, "exceeds both sides of the 6 x 6 grid"),
+        ("pvt", {"pool": 7}, 36, "pool = 7 exceeds"),
+    ],
+)
+def test_values_that_do_not_fit_are_named(name, setting, n, words):
+    problems = attnbench.get(name).parse(setting).problems(Shape(1, 2, n, 8))
+    assert len(problems) == 1
+    assert words in problems[0]
+    assert "\n" not in problems[0]
+
+
+def test_convolution_needs_the_tokens_of_the_queries():
+    assert "as many keys as queries" in attnbench.get("inline").params(conv=3).problems(Shape(1, 2, 36, 8, keys=40))[0]
