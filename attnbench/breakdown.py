@@ -1,4 +1,4 @@
-"""Cost anatomy: which stage of a call its time goes to, seen by a profiler on calls of its own once the clocks are done.
+"""Cost anatomy: which stage of a call its time goes to, seen by a profiler in a process of its own once the clocks are done.
 
 What a whole call takes beyond the sum of its stages is the host: launches, and waiting for them. A profiler slows the host down, not the
 kernels of a GPU; on a CPU, where operators are the work, it makes many small ones look slower than they are.
@@ -6,49 +6,83 @@ kernels of a GPU; on a CPU, where operators are the work, it makes many small on
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from attnbench import timing, trace
+from attnbench import cell, inputs, timing, trace
+from attnbench.cell import Bound
 from attnbench.cost import Work
+from attnbench.isolate import Reply
 from attnbench.record import Breakdown
 from attnbench.stages import GRADIENT, home, marking, rank
 from attnbench.stats import median
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+    from pathlib import Path
 
     from torch import Tensor
 
-    from attnbench.cell import Bound
     from attnbench.cost import Cost
-    from attnbench.method import Implementation
-    from attnbench.record import Timing
-    from attnbench.suite import Case, Protocol
+    from attnbench.record import Record
+    from attnbench.suite import Protocol
 
 MOST_CALLS = 10
 SOURCES = {"cuda": "kernels, copies and fills on the device", "cpu": "operators, without the time of those they call"}
 """Device -> whose time it is."""
 
 
-def take(bound: Bound, implementation: Implementation, cost: Cost, *, case: Case, protocol: Protocol, taken: Timing) -> Breakdown:
-    """Take a cell apart that `taken` has timed: as many calls as its budget holds, at least 1 and at most 10, as cold as the timed ones."""
-    device = bound.leaves[0].device.type
-    flush = timing.flusher(device) if case.l2 == "cold" else None
-    parts = measure(
-        bound.forward,
-        bound.backward if bound.gradient is not None else None,
-        device=device,
-        calls=max(1, min(MOST_CALLS, int(protocol.budget_s / max(median(taken.samples_s), 1e-9)))),
-        kernels=implementation.stages,
-        prepare=flush.zero_ if flush is not None else lambda: None,
-    )
-    work = needs(cost, bound.leaves[0].element_size(), case.mode, parts.stages_s)
-    return replace(parts, flops={s: w.flops for s, w in work.items()}, bytes={s: w.bytes for s, w in work.items()})
+@dataclass(frozen=True)
+class Anatomist:
+    """Takes cells apart that another process has measured."""
+
+    device: str
+    protocol: Protocol
+
+    def __call__(self, record: Record) -> Reply:
+        """The `Breakdown` of a measured cell, or why there is none, as text."""
+        try:
+            parts = self.take(record)
+            gc.collect()
+        except Exception as error:  # an implementation may raise anything, and the measurement stands
+            first = str(error).strip().splitlines()
+            return Reply(f"{type(error).__name__}: {first[0][:300] if first else ''}", reusable=False)
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+        return Reply(parts if parts.stages_s else "the profiler saw nothing run")
+
+    def take(self, record: Record) -> Breakdown:
+        """As many calls as the budget holds, at least 1 and at most 10, as cold as the timed ones and as often warmed up."""
+        assert record.timing is not None, "the cell was measured"
+        case, (method, params) = record.case, record.case.resolve()
+        implementation, dtype, backward = method.implementation(record.implementation), getattr(torch, case.dtype), case.mode != "forward"
+        tensors = inputs.draw(case.profile, case.shape, case.seed, dtype, self.device)
+        weights = method.initial(case.shape, params, tensors[0], case.seed)
+        bound = Bound.of(method, implementation, params, tensors, weights, backward=backward)
+        for _ in range(2):
+            bound()
+        flush = timing.flusher(self.device) if case.l2 == "cold" else None
+        parts = measure(
+            bound.forward,
+            bound.backward if backward else None,
+            device=self.device,
+            calls=max(1, min(MOST_CALLS, int(self.protocol.budget_s / max(median(record.timing.samples_s), 1e-9)))),
+            kernels=implementation.stages,
+            prepare=flush.zero_ if flush is not None else lambda: None,
+        )
+        work = needs(method.cost(case.shape, params), dtype.itemsize, case.mode, parts.stages_s)
+        return replace(parts, flops={s: w.flops for s, w in work.items()}, bytes={s: w.bytes for s, w in work.items()})
+
+
+def setup(device: str, protocol: Protocol, plugins: tuple[Path, ...]) -> Anatomist:
+    """Make a worker ready as one that measures is."""
+    cell.setup(device, protocol, plugins)
+    return Anatomist(device, protocol)
 
 
 def measure(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnbench import breakdown, check, environment, inputs, memory, timing
+from attnbench import check, environment, inputs, memory, timing
 from attnbench.errors import UserError
 from attnbench.isolate import Reply, limit_host_memory
 from attnbench.record import Record, Status
@@ -148,9 +148,7 @@ class CellRunner:
         metrics = TASKS[case.task](method, params, tensors, weights, forward=bound.forward, layout=chosen.layout)
         usage = memory.measure(bound.forward, bound.backward if backward else None, bound.input_bytes, self.device)
         taken = timing.measure(self._clock(case, bound), self.protocol, first_call_s, self.monitor)
-        parts = breakdown.take(bound, chosen, cost, case=case, protocol=self.protocol, taken=taken) if self.protocol.breakdown else None
-        blind = ("no breakdown: the profiler saw nothing run",) if parts and not parts.stages_s else ()
-        return replace(record, reasons=blind, gate=verdict, metrics=metrics, memory=usage, timing=taken, breakdown=parts)
+        return replace(record, gate=verdict, metrics=metrics, memory=usage, timing=taken)
 
     def _draw(self, case: Case, dtype: torch.dtype) -> tuple[inputs.Inputs, str]:
         key = (case.profile, case.shape, case.seed, dtype)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from attnbench import cell, environment, store
+from attnbench import breakdown, cell, environment, store
 from attnbench.isolate import Worker, WorkerDiedError, WorkerHungError
 from attnbench.record import Record, Status
 from attnbench.suite import Case
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
+    from attnbench.record import Breakdown
     from attnbench.suite import Suite
 
 _TOO_LARGE = (Status.OOM, Status.TIMEOUT)
@@ -68,7 +69,7 @@ def sweep(
     anything runs where the suite or the folder is at fault; a failing cell is a record.
     """
     cases = suite.planned()
-    worker = Worker(cell.setup, (device, suite.protocol, tuple(plugins)))
+    worker, profiled = (Worker(job, (device, suite.protocol, tuple(plugins))) for job in (cell.setup, breakdown.setup))
     try:
         facts = worker.run(cell.ENVIRONMENT, 600)
         with store.Store(store.folder(results, suite.name, facts["device"])) as target:
@@ -76,9 +77,10 @@ def sweep(
                 tell(Event("note", 0, len(cases), message=note))
             env_id = facts.pop("env_id")
             target.save_environment(env_id, facts)
-            return _Sweep(suite, device, env_id, worker, target, tell, tuple(plugins), cases).run(resume=resume, retry=retry)
+            return _Sweep(suite, device, env_id, worker, profiled, target, tell, tuple(plugins), cases).run(resume=resume, retry=retry)
     finally:
         worker.stop()
+        profiled.stop()
 
 
 @dataclass
@@ -87,6 +89,8 @@ class _Sweep:
     device: str
     env_id: str
     worker: Worker
+    profiled: Worker
+    """takes cells apart; another process, because a profiler that was once on may slow down what is timed later"""
     target: store.Store
     tell: Callable[[Event], None]
     plugins: tuple[Path, ...]
@@ -152,7 +156,15 @@ class _Sweep:
             return Record(case, Status.TIMEOUT, self.env_id, reasons=(str(error),), limit_s=limit)
         except WorkerDiedError as error:
             return Record(case, Status.ERROR, self.env_id, reasons=(str(error),))
-        return record
+        return self._taken_apart(record) if self.suite.protocol.breakdown and record.status is Status.OK else record
+
+    def _taken_apart(self, record: Record) -> Record:
+        """The record with a breakdown, or with the reason why there is none; its measurements stand either way."""
+        try:
+            parts: Breakdown | str = self.profiled.run(record, self.suite.protocol.timeout_s)
+        except (WorkerHungError, WorkerDiedError) as error:
+            parts = str(error)
+        return replace(record, reasons=(f"no breakdown: {parts}",)) if isinstance(parts, str) else replace(record, breakdown=parts)
 
 
 _DEFAULTS = {f.name: f.default for f in fields(Case)}

@@ -17,7 +17,7 @@ import attnbench
 from attnbench import breakdown, inputs, runner, stages, store, trace
 from attnbench.cost import Cost, Work
 from attnbench.method import Shape
-from attnbench.record import Record, Status
+from attnbench.record import Breakdown, Record, Status
 from attnbench.stages import GRADIENT, PREFIX, STAGES, home, marking, rank, stage
 from attnbench.suite import Case, Entry, Protocol, Suite
 from attnbench.trace import BACKWARD, CALL, FORWARD, Event
@@ -335,6 +335,32 @@ def test_a_sweep_takes_cells_apart_only_where_asked_and_again_where_they_lack_it
         assert sum(record.breakdown.flops.values()) == pytest.approx(record.flops, abs=9)
     stored = store.read(again.folder / store.RECORDS).records
     assert [r.breakdown for r in stored] == [r.breakdown for r in (*first.records, *again.records)]
+
+
+def _deadly(*_: object):
+    def job(record: Record) -> None:
+        raise SystemExit(5)
+
+    return job
+
+
+def test_a_measurement_outlives_the_process_that_takes_it_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breakdown, "setup", _deadly)
+    summary = sweep(tmp_path, wanted=True)
+    assert summary.counts == {Status.OK: 2}
+    for record in summary.records:
+        assert record.timing is not None
+        assert record.breakdown is None
+        assert record.reasons == ("no breakdown: worker exited with 5",)
+
+
+def test_what_an_implementation_raises_is_the_reason(tmp_path: Path) -> None:
+    (first, _) = sweep(tmp_path, wanted=False).records
+    anatomist = breakdown.Anatomist("cpu", Protocol())
+    assert isinstance(anatomist(first).value, Breakdown)
+    reply = anatomist(replace(first, implementation="spda"))
+    assert reply.value == "UserError: unknown implementation 'spda' in agent: did you mean sdpa?"
+    assert not reply.reusable, "after a fault the process is replaced"
 
 
 def test_records_without_a_breakdown_still_load() -> None:

@@ -125,6 +125,7 @@ def test_options_reach_the_sweep(suite: Path, monkeypatch: pytest.MonkeyPatch) -
         "7",
         "--budget-s",
         "0.5",
+        "--breakdown",
         "--retry",
         "--results",
         "there",
@@ -134,5 +135,6 @@ def test_options_reach_the_sweep(suite: Path, monkeypatch: pytest.MonkeyPatch) -
     given, plain = calls
     assert {(c.method, dict(c.params)["topk"], c.n) for c in given["suite"].expand()} == {("topk", k, n) for k in (2, 3) for n in (8, 9)}
     assert (given["suite"].protocol.timeout_s, given["suite"].protocol.budget_s) == (7, 0.5)
+    assert [run["suite"].protocol.breakdown for run in (given, plain)] == [True, False]
     assert (given["resume"], given["retry"], given["results"]) == (True, True, Path("there")), "--retry is a way to resume"
     assert (plain["resume"], plain["retry"], plain["results"]) == (False, False, Path("results"))
