@@ -29,7 +29,7 @@ STAGES = {
     "attend gradient": ("query_grad_kernel", "shared_grad_kernel", "sum_landmark_kernel", "routed_grad_kernel"),
     "probe gradient": ("probe_grad_kernel", "sum_probe_kernel"),
     "gather gradient": ("rank_kernel", "mark_kernel", "link_kernel", "scatter_kernel"),
-    "pool gradient": ("finish_kernel",),
+    "pool gradient": ("bins_kernel", "finish_kernel"),
 }
 """Stage -> names of its kernels; in the forward pass keys are gathered where they are attended to, their gradients are scattered apart."""
 
