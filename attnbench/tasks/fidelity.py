@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnbench.eager import attend, causal_mask, expand_heads
-from attnbench.fastweights import recall
+from attnbench.fastweights import recall, width_per_query
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +27,7 @@ def measure(
 
     - `rel_error`: Frobenius norm of the difference over that of softmax attention.
     - `cosine`: mean cosine of output rows.
+    - `width`: mean number of hidden units that a query reads; absent where the method has no fast weights.
     - `mass_recalled`: mean softmax mass of the tokens that a query reads; absent where no hidden unit is a token.
     - `top1_agreement`: share of queries that read the token which softmax weighs most; absent likewise.
     """
@@ -42,7 +43,9 @@ def measure(
         }
         if method.experts is not None:
             own = {"weights": weights} if weights else {}
-            read = recall(method.experts(q, k, v, params, **own), q, expand_heads(q, k, v)[0], rows, causal=params.causal)
+            fast = method.experts(q, k, v, params, **own)
+            result["width"] = width_per_query(fast)
+            read = recall(fast, q, expand_heads(q, k, v)[0], rows, causal=params.causal)
             if read is not None:
                 result |= {"mass_recalled": float(read[0].mean()), "top1_agreement": float(read[1].double().mean())}
     return result
