@@ -18,6 +18,8 @@ from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+_ROWS = 1024  # queries whose keys are listed at a time
+
 
 @dataclass(frozen=True, kw_only=True)
 class TopkParams(Params):
@@ -49,8 +51,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: TopkParams, rows: Tensor 
 def experts(q: Tensor, k: Tensor, v: Tensor, params: TopkParams) -> FastWeights:
     """N experts of K tokens, expert i gathered for query i and used by it alone."""
     k, v = expand_heads(q, k, v)
-    rows = positions(q, None)
-    index = choose(wide(q) @ wide(k).transpose(-1, -2), rows, params)
+    rows, keys = positions(q, None), wide(k).transpose(-1, -2)
+    index = torch.cat([choose(wide(take(q, part)) @ keys, part, params) for part in rows.split(_ROWS)], 2)
     routes = rows.view(1, 1, -1, 1).expand(*q.shape[:2], -1, 1)
     return FastWeights((Bank(k, v, index, routes=routes, scale=q.shape[-1] ** -0.5),))
 
