@@ -30,6 +30,8 @@ PAPER = {  # the figure's rows of methods that are here, transcribed
     "spark": ("routing", "MLP", "N", "light-weight skim", "N times one-to-one"),
     "dsa": ("routing", "MLP", "N", "light-weight skim", "N times one-to-one"),
     "mita": ("compression & routing", "MLP", "m", "landmark probing", "N-to-m"),
+    "deformable": ("routing", "MLP", "N", "offset predicting", "N times one-to-one"),
+    "dat": ("routing", "MLP", "one shared", "offset predicting", "N-to-one"),
 }
 
 
