@@ -112,8 +112,14 @@ def cost(shape: Shape, params: TttParams) -> Cost:
         "state": 2 * heads * s.n * (2 * products + backward),
         "attend": 2 * heads * (s.n * products + pairs * sum(a + b for a, b in pairwise(widths)) * s.dim),
     }
-    learned = s.heads * (products + sum(widths) * s.dim + s.dim + s.heads * s.dim + 1)
-    return Cost.of(s, flops, extra=learned + (heads * (products + sum(widths[1:]) * s.dim) if not params.causal else 0))
+    model = products + sum(widths[1:]) * s.dim
+    states, keys = 0 if params.causal else heads * model, s.batch * s.kv_heads * s.n * 2 * s.dim
+    traffic = {
+        "project": heads * s.n * (s.dim + 1),
+        "state": 0 if params.causal else keys + heads * s.n + states,
+        "attend": heads * s.n * 2 * s.dim + (keys + heads * s.n if params.causal else states),
+    }
+    return Cost.of(s, flops, extra=s.heads * (model + 2 * s.dim + s.heads * s.dim + 1) + states, traffic=traffic)
 
 
 def _fused(shape: Shape, params: Params, _dtype: torch.dtype, _device: str) -> list[str]:  # noqa: ARG001

@@ -117,7 +117,13 @@ def cost(shape: Shape, params: Vit3Params) -> Cost:
         inner = 2 * s.batch * s.n * s.dim * area
         flops = {"project": 2 * s.batch * s.n * maps, "state": flops["state"] + inner, "attend": flops["attend"] + inner}
         learned, states = learned + maps + s.dim * area, states + s.batch * s.dim * area
-    return Cost.of(s, flops, extra=learned + states)
+    branch = s.batch * s.n * 4 * s.dim if params.conv else 0  # its queries, keys, values and outputs
+    traffic = {
+        "project": branch,
+        "state": s.batch * s.kv_heads * s.keys * (s.dim + s.dim_v) + states + branch,
+        "attend": heads * s.n * (s.dim + s.dim_v) + states + branch,
+    }
+    return Cost.of(s, flops, extra=learned + states, traffic=traffic)
 
 
 def _cross(shape: Shape, params: Params, _dtype: torch.dtype, _device: str) -> list[str]:

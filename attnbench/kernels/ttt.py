@@ -7,8 +7,8 @@ inverse deviation, `u = (gamma x + beta - v + k) gamma`, the gradient is `g = f 
 Programs: one a head of a sequence, N / b steps each, one after the other: the method has no other parallelism. Work of a step:
 `6 b D^2 + 4 b^2 D` FLOP forward; backward three times that and the forward twice. The forward pass keeps `W, c` before every EVERY-th
 mini-batch, `4 N D (D + 1) / (b EVERY)` bytes a head; the backward pass goes through the segments from the last to the first, runs each
-forward again with its states in a scratch of `4 EVERY D (D + 1)` bytes a head, then backward. Sums are in float32; products take TF32
-operands where inputs are half precision, three TF32 products where they are float32. Every sum has a fixed order.
+forward again with its states in a scratch of `4 EVERY D (D + 1)` bytes a head, then backward. Sums are in float32. Where inputs are
+bfloat16, products take TF32 operands, four times as fine; else three TF32 products make one. Every sum has a fixed order.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ def _sizes(q: Tensor, k: Tensor, factor: Tensor) -> tuple[tuple[int, ...], dict[
     b = len(factor)
     steps = triton.cdiv(n, b)
     fixed = {"D": d, "BD": max(16, triton.next_power_of_2(d)), "B": b, "BT": max(16, triton.next_power_of_2(b)), "EVERY": EVERY, "EPS": EPS}
-    return (h, h // k.shape[1], n, steps, triton.cdiv(steps, EVERY)), fixed | {"PREC": "tf32x3" if q.dtype == torch.float32 else "tf32"}
+    return (h, h // k.shape[1], n, steps, triton.cdiv(steps, EVERY)), fixed | {"PREC": "tf32" if q.dtype == torch.bfloat16 else "tf32x3"}
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
