@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnbench.eager import attend, expand_heads
 from attnbench.stages import stage
 
 from ._products import divisor
@@ -25,8 +26,11 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`softmax(q k^T / sqrt(D)) v` `[B, H, N, Dv]` of `q: [B, H, N, D]` and few keys `k: [B, Hkv, K, D]`, `v: [B, Hkv, K, Dv]`.
 
     Backward kernels of attention run over blocks of keys in parallel, so that few keys would leave most of a GPU idle: queries are cut
-    into runs, which become heads of their own. Keys and values are copied to each; autograd sums their gradients.
+    into runs, which become heads of their own. Keys and values are copied to each; autograd sums their gradients. A key alone is read
+    whatever its score, which has no gradient: fused kernels would leave their rounding as one.
     """
+    if k.shape[2] == 1:
+        return attend(q, *expand_heads(q, k, v), q.shape[3] ** -0.5)
     runs = divisor(q.shape[2], min(_BLOCKS[q.device.type] // (q.shape[0] * q.shape[1] * -(-k.shape[2] // _KEYS)), q.shape[2] // _LEAST))
     with stage("attend"):
         copies = q.shape[1] // k.shape[1] * runs

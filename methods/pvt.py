@@ -8,7 +8,8 @@ a 1 x 1 convolution, LayerNorm and GELU, so that P^2 keys are left at any length
 Departures: the paper shrinks tokens x once and then projects them to keys and values; a function of q, k and v must shrink keys and
 values, each by a convolution of its own, which doubles that part of the work. R is cut to a side of the grid that is shorter (1 x R on a
 sequence); as in the authors' code, last rows and columns that fill no patch are left out. R = 1 is softmax attention, without convolution
-or LayerNorm, as there. `per_head` keeps heads apart, which the paper does not.
+or LayerNorm, as there. Keys have no LayerNorm shift but with `pool`: it would add one number to all scores of a query, and softmax cancels
+it. `per_head` keeps heads apart, which the paper does not.
 """
 
 from __future__ import annotations
@@ -61,9 +62,9 @@ class PvtParams(GridParams):
         return [f"{name} = {value} exceeds both sides of the {height} x {width} grid: lower {name}"] if value > max(height, width) else []
 
     def fitted(self, shape: Shape) -> Self:
-        """Clamps reduction and pool to the longer side of the grid."""
+        """Clamps pool to the longer side of the grid, and reduction to half of it, which leaves at least two keys."""
         longer = max(self.sides(shape.n))
-        return replace(super().fitted(shape), reduction=min(self.reduction, longer), pool=min(self.pool, longer))
+        return replace(super().fitted(shape), reduction=min(self.reduction, max(1, longer // 2)), pool=min(self.pool, longer))
 
     def kernel(self, n: int) -> Sides:
         """Height and width of a patch, each at most that of the grid."""
@@ -87,7 +88,7 @@ class PvtParams(GridParams):
 
 def draw(shape: Shape, params: PvtParams, generator: torch.Generator) -> Weights:
     """For x of k and v, with C = Hkv D or Hkv Dv channels in G = 1 or Hkv groups: `x_conv [C, R, R, C/G]`, Conv2d's weight with the input
-    channels last, `x_bias [C]`, and LayerNorm's `x_scale` and `x_shift`, both `[C]`; nothing where nothing is convolved.
+    channels last, `x_bias [C]`, LayerNorm's `x_scale [C]`, and `x_shift [C]` where it matters; nothing where nothing is convolved.
 
     As torch draws Conv2d: uniform within 1 / sqrt(inputs of an output). With `pool`, as PVTv2: normal of variance 2 / (C / G), no bias.
     """
@@ -102,8 +103,9 @@ def draw(shape: Shape, params: PvtParams, generator: torch.Generator) -> Weights
             bias = torch.zeros(channels, dtype=torch.float64)
         else:
             conv, bias = (torch.rand(s, generator=generator, dtype=torch.float64).mul_(2).sub_(1).mul_(bound) for s in (size, channels))
-        scale, shift = torch.ones(channels, dtype=torch.float64), torch.zeros(channels, dtype=torch.float64)
-        found |= {f"{name}_conv": conv, f"{name}_bias": bias, f"{name}_scale": scale, f"{name}_shift": shift}
+        found |= {f"{name}_conv": conv, f"{name}_bias": bias, f"{name}_scale": torch.ones(channels, dtype=torch.float64)}
+        if params.pool or name == "v":
+            found[f"{name}_shift"] = torch.zeros(channels, dtype=torch.float64)
     return found
 
 
@@ -121,11 +123,14 @@ def _shrunk(x: Tensor, name: str, params: PvtParams, w: Mapping[str, Tensor], co
         return x
     sides = params.source(n)
     if params.pool:
-        image = x.reshape(*x.shape[:2], *params.sides(n), x.shape[3])
-        x = pool(pool(image, sides[1], 3), sides[0], 2).flatten(2, 3).to(x.dtype)
+        with stage("pool"):
+            image = x.reshape(*x.shape[:2], *params.sides(n), x.shape[3])
+            x = pool(pool(image, sides[1], 3), sides[0], 2).flatten(2, 3).to(x.dtype)
     out = conv(x, w[f"{name}_conv"], sides)
-    bias, scale, shift = (w[f"{name}_{part}"].view(out.shape[0], 1, -1) for part in ("bias", "scale", "shift"))
-    out = torch.addcmul(shift, layer_norm(out + bias, out.shape[-1:], eps=EPS), scale)
+    bias, scale = (w[f"{name}_{part}"].view(out.shape[0], 1, -1) for part in ("bias", "scale"))
+    out = layer_norm(out + bias, out.shape[-1:], eps=EPS)
+    shift = w.get(f"{name}_shift")
+    out = out * scale if shift is None else torch.addcmul(shift.view(scale.shape), out, scale)
     tokens = out.view(out.shape[0], x.shape[0], params.left(n), -1, x.shape[3]).permute(1, 0, 3, 2, 4).flatten(1, 2)
     return gelu(tokens) if params.pool else tokens
 
@@ -163,16 +168,17 @@ def cost(shape: Shape, params: PvtParams) -> Cost:
     if params.shrinks(s.n):
         groups, (r, t) = s.kv_heads if params.per_head else 1, params.kernel(s.n)
         squares = sum((s.kv_heads * dim) ** 2 // groups for dim in (s.dim, s.dim_v))
-        owned = r * t * squares + 3 * s.kv_heads * width
-        flops = {"pool": s.batch * s.kv_heads * width * _members(params, s.n), "project": 2 * s.batch * left * r * t * squares, **flops}
-        traffic["project"] = s.batch * s.kv_heads * s.n * width + owned + compressed
+        owned = r * t * squares + s.kv_heads * (3 * width - (0 if params.pool else s.dim))
+        flops["project"] = 2 * s.batch * left * r * t * squares
+        read = s.batch * s.kv_heads * s.n * width
+        traffic["project"] = (compressed if params.pool else read) + owned + compressed
+        if params.pool:
+            flops["pool"], traffic["pool"] = s.batch * s.kv_heads * width * _members(params, s.n), read + compressed
     return Cost.of(s, flops, extra=owned + compressed, traffic=traffic)
 
 
 def _members(params: PvtParams, n: int) -> int:
     """Additions of a channel's averages: every token once for each cell of its row that it is in, then rows likewise."""
-    if not params.pool:
-        return 0
     (height, width), (rows, columns) = params.sides(n), params.source(n)
     across, down = (sum(b - a for a, b in bins(*pair)) for pair in ((width, columns), (height, rows)))
     return height * across + columns * down

@@ -142,7 +142,7 @@ def pvt_by_hand(q, k, v, params, w):
         maps = conv2d(maps, kernel, w[f"{name}_bias"], stride=kernel.shape[2:], groups=groups)
         rows, channels = maps.flatten(2).mT, maps.shape[1] // groups
         normal = layer_norm(rows.unflatten(2, (groups, channels)), (channels,), eps=1e-5).flatten(2)
-        rows = normal * w[f"{name}_scale"] + w[f"{name}_shift"]
+        rows = normal * w[f"{name}_scale"] + w.get(f"{name}_shift", 0)
         return repeated(tokens((gelu(rows) if params.pool else rows).mT, heads), q)
 
     return scaled_dot_product_attention(q, shrunk(k, "k"), shrunk(v, "v"))
@@ -202,7 +202,8 @@ def test_practical_implementation_and_fast_weights_are_the_definition(name, sett
 
 
 # one block alone is left out: its mixing weight cancels, so that its gradient is rounding alone
-HALF = [(*case, torch.bfloat16, "randn") for case in [*CASES, ("mhla", REPO), ("mhla", {"blocks": 10}), ("pvt", {"reduction": 1})]]
+HALF = [(*case, torch.bfloat16, "randn") for case in [*CASES, ("mhla", REPO), ("mhla", {"blocks": 10})]]
+HALF += [("pvt", {"reduction": r}, torch.bfloat16, "randn") for r in (1, 12)]  # softmax attention, and a single key
 HALF = [case for case in HALF if case[1].get("blocks") != 1]
 HALF += [(name, SETTINGS[name][0], dtype, "local") for name in SETTINGS for dtype in (torch.bfloat16, torch.float16, torch.float32)]
 
