@@ -45,6 +45,6 @@ class Cosine(Kernel):
     def backward(self, grad: Tensor, _features: Tensor, x: Tensor, part: Part, out: Tensor) -> tuple[()]:
         """The sum of both halves, where x is above 0."""
         sines, cosines = grad.chunk(2, -1)
-        total = (sines * self.sin[part.tokens]).addcmul_(cosines, self.cos[part.tokens])
+        total = (sines * (part.share * self.sin[part.tokens])).addcmul_(cosines, part.share * self.cos[part.tokens])
         torch.mul(total, x > 0, out=out)
         return ()

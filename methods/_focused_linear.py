@@ -58,14 +58,14 @@ class Focused(Kernel):
         y.div_(length).pow_(self.power)
         return torch.mul(y, length.div_(_length(y)), out=x.new_empty(x.shape))
 
-    def backward(self, grad: Tensor, features: Tensor, x: Tensor, _part: Part, out: Tensor) -> tuple[Tensor]:
+    def backward(self, grad: Tensor, features: Tensor, x: Tensor, part: Part, out: Tensor) -> tuple[Tensor]:
         """With `e = g phi` and `t = sum e`: `y dy = p (e - t phi^2 / |phi|^2) + t y^2 / |y|^2`."""
         phi, y = wide(features), self._scaled(x)
         change = grad * phi
         total, squares = change.sum((1, 4), keepdim=True), phi.mul_(phi)
         change.addcmul_(squares, total / squares.sum((1, 4), keepdim=True), value=-1).mul_(self.power)
         squares = torch.mul(y, y, out=squares)
-        change.addcmul_(squares, total / squares.sum((1, 4), keepdim=True)).mul_(self.inverse)
+        change.addcmul_(squares, total / squares.sum((1, 4), keepdim=True)).mul_(part.share * self.inverse)
         scale = -(change.sum((0, 2, 3)) * self.slope[:, 0, 0])
         torch.mul(change.div_(y), x > 0, out=out)
         return (scale,)

@@ -25,6 +25,8 @@ class Part(NamedTuple):
     batch: slice
     heads: slice
     tokens: slice
+    share: float
+    """factor that gradients of its features lack: 1 of queries, 1 / M of keys, which would leave the range of float16"""
 
     def of(self, x: Tensor) -> Tensor:
         """A view of `x: [B, Hkv, G, N, D]`."""
@@ -41,6 +43,8 @@ class Kernel(ABC):
     """learned parameters"""
     couples_heads = False
     """whether features need all heads of a token at once; else a map is given all tokens of a head at once"""
+    projects = False
+    """whether features are products, a stage of their own"""
     vanishes = False
     """whether all features of a token may be zero"""
     wide_reads = False
@@ -54,7 +58,7 @@ class Kernel(ABC):
 
     @abstractmethod
     def backward(self, grad: Tensor, features: Tensor, x: Tensor, part: Part, out: Tensor) -> Sequence[Tensor]:
-        """Write the gradient of `x` to `out`, where that of its `features` is `grad`, and return those of `weights`.
+        """Write the gradient of `x` to `out`, where that of its `features` is `part.share` times `grad`, and return those of `weights`.
 
         `grad` and `features` may be overwritten.
         """
@@ -75,6 +79,7 @@ class Kernel(ABC):
     def parts(self, side: Literal["query", "key"], x: Tensor, width: int) -> Iterator[Part]:
         """Parts of `x: [B, Hkv, G, N, D]`: all tokens of some heads, or some tokens of all heads where heads are coupled."""
         b, h, g, n, _ = x.shape
+        share = 1 / n if side == "key" else 1.0
         row_bytes = _COPIES * g * (self.width + width) // 2 * x.element_size()
         if self.couples_heads:
             rows, heads = rows_per_chunk(x, row_bytes * h), h
@@ -85,4 +90,4 @@ class Kernel(ABC):
         for i in range(0, b, batch):
             for j in range(0, h, heads):
                 for start in range(0, n, tokens):
-                    yield Part(side, slice(i, i + batch), slice(j, j + heads), slice(start, start + tokens))
+                    yield Part(side, slice(i, i + batch), slice(j, j + heads), slice(start, start + tokens), share)

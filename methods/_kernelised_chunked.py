@@ -7,6 +7,7 @@ The queries of a group of heads are rows of their key head.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +17,13 @@ from torch.autograd.function import once_differentiable
 from attnbench.eager import wide
 from attnbench.stages import stage
 
+from ._products import outer_sum, wide_bmm
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ._kernel import Kernel, Part
     from ._kernelised import Normaliser
-
-_SUMMED = 1024
-"""tokens summed by one product: a sum over all N in one product would leave most of a GPU idle"""
 
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
@@ -33,19 +33,10 @@ def bidirectional(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
     return out.flatten(1, 2)
 
 
-def wide_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """`a b` in at least float32; on a GPU without rounding half-precision products on the way."""
-    if a.is_cuda and a.element_size() == 2 and hasattr(torch.ops.aten.bmm, "dtype"):
-        return torch.bmm(a, b, out_dtype=torch.float32)
-    return torch.bmm(wide(a), wide(b))
-
-
-def outer_sum(a: Tensor, b: Tensor) -> Tensor:
-    """`a^T b` `[X, D, E]` in at least float32 of `a: [X, N, D]` and `b: [X, N, E]`, as a sum over runs of rows."""
-    x, n, d = a.shape
-    runs = next(r for r in range(max(1, n // _SUMMED), 0, -1) if n % r == 0)
-    left, right = a.reshape(x * runs, n // runs, d).transpose(1, 2), b.reshape(x * runs, n // runs, -1)
-    return wide_bmm(left, right).view(x, runs, d, -1).sum(1)
+def _made(kernel: Kernel, x: Tensor, part: Part) -> Tensor:
+    """Features, in the forward pass."""
+    with stage("project") if kernel.projects else nullcontext():
+        return kernel.features(part.of(x), part)
 
 
 def _read(kernel: Kernel, query: Tensor, matrix: Tensor) -> Tensor:
@@ -62,7 +53,7 @@ def _state(k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
     width, state = v.shape[4], None
     padding = -(width + kernel.reads) % 8 + kernel.reads - 1
     for part in kernel.parts("key", k, width):
-        key = kernel.features(part.of(k), part)
+        key = _made(kernel, k, part)
         outer = outer_sum(_rows(key), _rows(part.of(v))).unflatten(0, key.shape[:2])
         total = key.sum((2, 3), dtype=outer.dtype).unsqueeze(3)
         sums = torch.cat([outer, total, total.new_zeros(1).expand(*total.shape[:3], padding)], 3)
@@ -123,7 +114,7 @@ class _Bidirectional(torch.autograd.Function):
             rounded = matrix.to(q.dtype)
         with stage("attend"):
             for part in kernel.parts("query", q, width):
-                query = kernel.features(part.of(q), part)
+                query = _made(kernel, q, part)
                 mixed = _read(kernel, _rows(query), rounded[part.batch, part.heads].flatten(0, 1)).view(*query.shape[:4], -1)
                 _denominate(mixed[..., width : width + kernel.reads], k.shape[3], kernel, part.of(totals))
                 for i, c in enumerate(kernel.columns(width)):
@@ -176,13 +167,13 @@ def _sloping(total: Tensor, norm: Normaliser, keys: int) -> Tensor:
 
 def _state_backward(ds: Tensor, dz: Tensor, k: Tensor, v: Tensor, *, kernel: Kernel, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Gradients of the keys and values; those of weights are added to `sums`."""
-    dk, dv, share = k.new_empty(k.shape), v.new_empty(v.shape), 1 / k.shape[3]
+    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
     for part in kernel.parts("key", k, v.shape[4]):
         key, values, dvalues = kernel.features(part.of(k), part), _rows(part.of(v)), part.of(dv)
         own, bias = (x[part.batch, part.heads].flatten(0, 1).to(v.dtype) for x in (ds, dz))
         target = dvalues.view(-1, *dvalues.shape[3:])
-        torch.baddbmm(target, _rows(key), own, beta=0, alpha=share, out=target)
-        dfeatures = torch.baddbmm(bias.transpose(1, 2), values, own.transpose(1, 2), beta=share, alpha=share).view_as(key)
+        torch.baddbmm(target, _rows(key), own, beta=0, alpha=part.share, out=target)
+        dfeatures = torch.baddbmm(bias.transpose(1, 2), values, own.transpose(1, 2)).view_as(key)
         _add(sums, kernel.backward(dfeatures, key, part.of(k), part, part.of(dk)))
     return dk, dv
 

@@ -39,15 +39,15 @@ class Elu(Kernel):
     def features(self, x: Tensor, _part: Part) -> Tensor:
         """`1 + x` above 0 and `exp(x)` below, which the derivative of elu multiplies by what it is given."""
         phi = (x + 1).clamp_(min=1)
-        return _multiply(phi, x, phi)
+        return _multiply(phi, x, phi, 1.0)
 
-    def backward(self, grad: Tensor, _features: Tensor, x: Tensor, _part: Part, out: Tensor) -> tuple[()]:
+    def backward(self, grad: Tensor, _features: Tensor, x: Tensor, part: Part, out: Tensor) -> tuple[()]:
         """The derivative of phi is 1 above 0 and `exp(x)` below."""
-        _multiply(grad, x, out)
+        _multiply(grad, x, out, part.share)
         return ()
 
 
-def _multiply(grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
-    """`grad phi'(x)`, written to `out`."""
-    product: Tensor = torch.ops.aten.elu_backward.grad_input(grad, 1.0, 1.0, 1.0, False, x, grad_input=out)
+def _multiply(grad: Tensor, x: Tensor, out: Tensor, factor: float) -> Tensor:
+    """`factor grad phi'(x)`, written to `out`."""
+    product: Tensor = torch.ops.aten.elu_backward.grad_input(grad, 1.0, factor, 1.0, False, x, grad_input=out)
     return product

@@ -20,7 +20,8 @@ from attnbench.eager import wide
 
 from ._kernel import Kernel, Part
 from ._kernelised_causal import Features, causal
-from ._kernelised_chunked import bidirectional, wide_bmm
+from ._kernelised_chunked import bidirectional
+from ._products import wide_bmm
 from .performer import NORM, PerformerParams, causal_features, directions, key_features, query_features
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: PerformerParams) -> Tensor:
     if params.kernel == "relu":
         plain = Features.plain(count, lambda x, _at: query_features(x, params), lambda x, _at: key_features(x, params))
         return causal(q, k, v, plain, NORM)
-    stabilised = Features(count + 1, lambda q, k, at, memory: causal_features(q, k, at - at[0], memory, params))
+    stabilised = Features(count + 1, lambda q, k, at, memory: causal_features(q, k, at - at[0], memory, params), projects=True)
     return causal(q, k, v, stabilised, NORM)
 
 
@@ -55,15 +56,13 @@ def _prepared(params: PerformerParams, dim: int, width: int, dtype: torch.dtype,
 
 
 class _Random(Kernel):
-    """What both kernels share."""
+    """What both kernels share: R features, two beside them that hold eps, and zeros."""
 
-    norm = NORM
-    beside = 0
-    """features beside the R random ones"""
+    norm, projects = NORM, True
 
     def __init__(self, q: Tensor, params: PerformerParams) -> None:
         self.eps, self.count = params.relu_eps if params.kernel == "relu" else params.eps, params.count(q.shape[3])
-        self.width = -(-(self.count + self.beside) // 8) * 8
+        self.width = -(-(self.count + 2) // 8) * 8
         self.forwards, self.backwards = _prepared(params, q.shape[3], self.width, q.dtype, q.device)
 
     def scores(self, x: Tensor) -> Tensor:
@@ -71,52 +70,58 @@ class _Random(Kernel):
         left = x if self.forwards.shape[0] == x.shape[-1] else torch.cat([x, x], -1)
         return wide_bmm(left.reshape(1, -1, left.shape[-1]), self.forwards.unsqueeze(0)).view(*x.shape[:-1], -1)
 
-    def unscored(self, grad: Tensor) -> Tensor:
-        """The gradient of `x`, in at least float32, where that of its scores is `grad`."""
-        return wide_bmm(grad.to(self.backwards.dtype).view(1, -1, self.width), self.backwards.unsqueeze(0)).view(*grad.shape[:-1], -1)
+    def completed(self, phi: Tensor, part: Part, rest: Tensor | float) -> Tensor:
+        """`phi` with the features after the R first; `rest` is what each of a query's lacks: b above."""
+        total = _sum(phi[..., : self.count])
+        key = part.side == "key"
+        phi[..., self.count] = 1 if key else self.eps * (total + self.count * rest)
+        phi[..., self.count + 1] = total if key else rest
+        phi[..., self.count + 2 :] = 0
+        return phi
+
+    def unscored(self, grad: Tensor, slope: Tensor, part: Part) -> tuple[Tensor, Tensor]:
+        """The gradient of `x` in at least float32, over `part.share`, and that of scores, where their features rise by `slope`.
+
+        Beside its own, a feature has the gradient of the one that holds the sum of all.
+        """
+        column, factor = (self.count + 1, 1.0) if part.side == "key" else (self.count, self.eps)
+        du = grad.add_(factor * wide(grad[..., column : column + 1])).mul_(slope)
+        du[..., self.count :] = 0
+        return wide_bmm(du.view(1, -1, self.width), self.backwards.unsqueeze(0)).view(*grad.shape[:-1], -1), du
 
 
 class Relu(_Random):
     """`phi(x) = relu(w_r.x') + eps`."""
 
-    def features(self, x: Tensor, _part: Part) -> Tensor:
-        """R features and zeros."""
-        phi = torch.add(self.scores(x).clamp_(min=0), self.eps, out=x.new_empty(*x.shape[:-1], self.width))
-        phi[..., self.count :] = 0
-        return phi
+    def features(self, x: Tensor, part: Part) -> Tensor:
+        """Scores above 0."""
+        return self.completed(x.new_empty(*x.shape[:-1], self.width).copy_(self.scores(x).clamp_(min=0)), part, self.eps)
 
-    def backward(self, grad: Tensor, features: Tensor, _x: Tensor, _part: Part, out: Tensor) -> Sequence[Tensor]:
-        """The derivative is 1 where a feature exceeds eps."""
-        out.copy_(self.unscored(grad.mul_(features > float(torch.tensor(self.eps, dtype=out.dtype)))))
+    def backward(self, grad: Tensor, features: Tensor, _x: Tensor, part: Part, out: Tensor) -> Sequence[Tensor]:
+        """The slope is 1 above 0."""
+        torch.mul(self.unscored(grad, features > 0, part)[0], part.share, out=out)
         return ()
 
 
 class Favor(_Random):
     """`phi(x) = exp(w_r.x' - |x'|^2 / 2 - max) + eps`; a query's features are divided by the largest value they can have, which cancels."""
 
-    beside, wide_reads = 2, True
+    wide_reads = True
 
     def features(self, x: Tensor, part: Part) -> Tensor:
-        """R exponentials, the two features beside them, and zeros."""
+        """Exponentials, rounded once."""
         scores, half, phi = self.scores(x), _half(x), x.new_empty(*x.shape[:-1], self.width)
         if part.side == "key":
-            torch.exp(scores.sub_(half.add_(scores.amax((2, 3, 4), keepdim=True))), out=phi)
-            phi[..., self.count], phi[..., self.count + 1] = 1, _sum(phi[..., : self.count])
-        else:
-            bound = torch.logaddexp(-half, half.new_full((), log(self.eps)))
-            torch.exp(scores.sub_(half.add_(scores.amax(-1, keepdim=True)).add_(bound)), out=phi)
-            rest = self.eps * (-bound).exp_().squeeze(-1)
-            phi[..., self.count] = (_sum(phi[..., : self.count]) + self.count * rest) * self.eps
-            phi[..., self.count + 1] = rest
-        phi[..., self.count + 2 :] = 0
-        return phi
+            offset = half.add_(scores.amax((2, 3, 4), keepdim=True))
+            return self.completed(torch.exp(scores.sub_(offset), out=phi), part, 0.0)
+        bound = torch.logaddexp(-half, half.new_full((), log(self.eps)))
+        offset = half.add_(scores.amax(-1, keepdim=True)).add_(bound)
+        return self.completed(torch.exp(scores.sub_(offset), out=phi), part, self.eps * (-bound).exp_().squeeze(-1))
 
     def backward(self, grad: Tensor, features: Tensor, x: Tensor, part: Part, out: Tensor) -> Sequence[Tensor]:
-        """The derivative of an exponential is itself; the features beside them hand on the sum of their own gradients."""
-        column, factor = (self.count + 1, 1.0) if part.side == "key" else (self.count, self.eps)
-        du = grad.add_(factor * wide(grad[..., column : column + 1])).mul_(features)
-        du[..., self.count :] = 0
-        out.copy_(self.unscored(du).addcmul_(_sum(du).unsqueeze(-1), x, value=-(x.shape[-1] ** -0.5)))
+        """The slope of an exponential is itself; all fall with `|x'|^2 / 2`."""
+        dx, du = self.unscored(grad, features, part)
+        torch.mul(dx.addcmul_(_sum(du).unsqueeze(-1), x, value=-(x.shape[-1] ** -0.5)), part.share, out=out)
         return ()
 
 

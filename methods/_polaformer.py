@@ -78,8 +78,8 @@ class Polarised(Kernel):
         change, wide_x = (plus * positive).addcmul_(minus, negative), wide(x)
         logs = (wide_x * self.inverse[part.heads]).abs_().clamp_(min=torch.finfo(wide_x.dtype).tiny).log_()
         grads = [torch.zeros_like(slope[:, 0, 0]) for slope in self.slopes]
-        grads[1][part.heads] = logs.mul_(change).sum((0, 2, 3))
-        change.mul_(self.power[part.heads])
+        grads[1][part.heads] = part.share * logs.mul_(change).sum((0, 2, 3))
+        change.mul_(part.share * self.power[part.heads])
         grads[0][part.heads] = change.sum((0, 2, 3))
         torch.div(change, wide_x.masked_fill(x == 0, 1), out=out)
         return grads[0] * self.slopes[0][:, 0, 0], grads[1] * self.slopes[1][:, 0, 0]

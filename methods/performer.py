@@ -7,9 +7,9 @@ generalised attention, `phi(x) = relu(w_r.x') + 1e-3`. Choromanski et al. 2021, 
 and section 3, https://arxiv.org/abs/2009.14794, with maxima and eps as in the authors' code.
 
 The directions are no learned parameters but drawn from `seed`, the same for all heads. As in the authors' code, maxima are taken for
-constants where gradients are wanted. Departures: causal, the maximum of the keys is taken over tokens j <= i, where the authors' code lets
-it see the future, which eps makes visible; the factor R^-1/2 of features, which cancels, is left out; directions are not redrawn as
-training goes on.
+constants where gradients are wanted. Departures: directions are uniformly distributed, without which the estimate has a bias (`uniform`);
+causal, the maximum of the keys is taken over tokens j <= i, where the authors' code lets it see the future, which eps makes visible; the
+factor R^-1/2 of features, which cancels, is left out; directions are not redrawn as training goes on.
 """
 
 from __future__ import annotations
@@ -43,6 +43,9 @@ class PerformerParams(Params):
     features: int = param(0, "random features, R; 0 means D ln D, rounded down", low=0)
     kernel: Literal["softmax", "relu"] = param("softmax", "what the features are of: `relu` is the generalised attention")
     lengths: Literal["gaussian", "fixed"] = param("gaussian", "lengths of the random directions: drawn, or all D^1/2")
+    uniform: bool = param(
+        True, "directions point anywhere alike; false leaves out signs of the QR decomposition, as the authors' code does"
+    )
     seed: int = param(0, "seed of the random directions", low=0)
     eps: float = param(1e-4, "added to each feature of the softmax kernel", low=1e-9)
     relu_eps: float = param(1e-3, "added to each feature of the ReLU kernel", low=1e-9)
@@ -52,12 +55,19 @@ class PerformerParams(Params):
         return self.features or max(1, int(dim * math.log(dim)))
 
 
+def _orthogonal(gaussian: Tensor, params: PerformerParams) -> Tensor:
+    """Orthogonal rows, uniformly distributed where R has a positive diagonal, which numerical libraries do not see to."""
+    q, r = torch.linalg.qr(gaussian)
+    rows: Tensor = (q * r.diagonal().sign() if params.uniform else q).T
+    return rows
+
+
 @lru_cache(maxsize=64)
 def directions(params: PerformerParams, dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Random directions `[R, D]`, drawn in float64 on the CPU: rows of orthogonal matrices, one for D features each, times lengths."""
     count, g = params.count(dim), torch.Generator().manual_seed(params.seed)
     with torch.inference_mode(mode=False), torch.no_grad():
-        blocks = [torch.linalg.qr(torch.randn(dim, dim, generator=g, dtype=torch.float64)).Q.T for _ in range(-(-count // dim))]
+        blocks = [_orthogonal(torch.randn(dim, dim, generator=g, dtype=torch.float64), params) for _ in range(-(-count // dim))]
         drawn = torch.randn(count, dim, generator=g, dtype=torch.float64).norm(dim=1)
         lengths = drawn if params.lengths == "gaussian" else torch.full_like(drawn, dim**0.5)
         return (torch.cat(blocks)[:count] * lengths.unsqueeze(1)).to(device, dtype)

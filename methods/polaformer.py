@@ -24,7 +24,7 @@ from torch.nn.functional import linear, pad, softplus
 
 from attnbench.eager import positions, take, wide
 from attnbench.fastweights import FastWeights
-from attnbench.method import Citation, Cost, Implementation, Limits, Method, Shape, given, param
+from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, given, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised, _local
@@ -137,6 +137,11 @@ def cost(shape: Shape, params: PolaformerParams) -> Cost:
     return _kernelised.cost(s, 2 * s.dim, reads=2, project={"project": beside} if beside else {}, learned=learned)
 
 
+def _chunked_reasons(shape: Shape, params: Params, dtype: torch.dtype, device: str) -> list[str]:
+    small = dtype == torch.float16 and not params.causal
+    return causal_cross(shape, params, dtype, device) + (["powers leave the range of float16: use bfloat16"] if small else [])
+
+
 METHOD = Method(
     name="polaformer",
     title="PolaFormer",
@@ -157,7 +162,7 @@ METHOD = Method(
         Implementation(
             "chunked",
             "attnbench.methods._polaformer:chunked",
-            Limits(gqa=False, cross=True, extra=causal_cross),
+            Limits(gqa=False, cross=True, extra=_chunked_reasons),
             note="features made anew in the backward pass; causal by prefix states of chunks",
         ),
     ),
