@@ -23,6 +23,7 @@ from attnbench.stages import stage
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _fused
+from ._compressed import attend_few
 from ._landmarks import LandmarkParams, landmark_budget, landmarks, pool_flops
 
 if TYPE_CHECKING:
@@ -57,13 +58,13 @@ def experts(q: Tensor, k: Tensor, v: Tensor, params: AgentParams) -> FastWeights
 def sdpa(q: Tensor, k: Tensor, v: Tensor, params: AgentParams) -> Tensor:
     """Two calls of scaled_dot_product_attention.
 
-    In the first one the queries are few and the keys many; the forward pass of torch's flash attention then splits the keys.
+    In the first one the queries are few and the keys many; the forward pass of torch's flash attention then splits the keys. In the second
+    one the keys are few.
     """
     agents = landmarks(q, params)
     with stage("compress"):
         values = scaled_dot_product_attention(agents, k, v, enable_gqa=q.shape[1] != k.shape[1])
-    with stage("attend"):
-        return scaled_dot_product_attention(q, agents, values)
+    return attend_few(q, agents, values)
 
 
 def cost(shape: Shape, params: AgentParams) -> Cost:
