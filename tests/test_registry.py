@@ -78,7 +78,7 @@ def test_an_implementation_can_be_pinned() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("mitta", "unknown method 'mitta': did you mean mita?"),
+        ("mitaa", "unknown method 'mitaa': did you mean mita?"),
         ("zzz", "choose from agent"),
         ("softmax@flahs", "unknown implementation 'flahs' in softmax: did you mean flash?"),
     ],
