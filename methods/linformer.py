@@ -90,6 +90,11 @@ def cost(shape: Shape, params: LinformerParams) -> Cost:
     return Cost.of(s, flops, extra=owned + compressed, traffic=traffic)
 
 
+def budget(shape: Shape, _params: LinformerParams, units: int) -> dict[str, object]:
+    """As many projected keys, at most one a key."""
+    return {"rank": min(max(1, units), shape.keys)}
+
+
 METHOD = Method(
     name="linformer",
     title="Linformer",
@@ -99,6 +104,7 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     limits=Limits(cross=True, no_causal="every projected key mixes all tokens, later ones too"),
     implementations=(
         Implementation("sdpa", "attnbench.methods.linformer:sdpa", Limits(cross=True), note="projections by runs of tokens, then SDPA"),

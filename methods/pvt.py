@@ -184,6 +184,14 @@ def _members(params: PvtParams, n: int) -> int:
     return height * across + columns * down
 
 
+def budget(shape: Shape, params: PvtParams, units: int) -> dict[str, object]:
+    """The reduction that leaves the nearest number of keys, the largest of several, or with `pool` the side of a grid of averages."""
+    longer = max(params.sides(shape.n))
+    if params.pool:
+        return {"pool": min(max(1, round(units**0.5)), longer)}
+    return {"reduction": min(range(1, longer + 1), key=lambda r: (abs(replace(params, reduction=r).left(shape.n) - units), -r))}
+
+
 METHOD = Method(
     name="pvt",
     title="PVT",
@@ -199,6 +207,7 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     limits=Limits(no_causal="a patch of the image holds earlier and later tokens"),
     implementations=(Implementation("sdpa", "attnbench.methods.pvt:sdpa", note="convolutions as products of patches, then SDPA"),),
     weights=draw,
