@@ -72,5 +72,5 @@ def coordinates(found: Tensor, reach: float, release: Release) -> Tensor:
         return (found + reference).tanh() if release == "2022" else (found + reference).clamp(-1, 1)
     if reach == 0 and release == "2022":
         return found + reference
-    steps = [1 / n if release == "2022" else 1 / max(1, n - 1) for n in counts]
-    return found.tanh() * torch.tensor(steps, dtype=found.dtype, device=found.device) * reach + reference
+    steps = [reach / n if release == "2022" else reach / max(1, n - 1) for n in counts]
+    return torch.stack([x.tanh() * step for x, step in zip(found.unbind(-1), steps, strict=True)], -1) + reference
