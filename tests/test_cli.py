@@ -68,7 +68,7 @@ def test_without_a_command_the_help_is_shown() -> None:
 @pytest.mark.parametrize(
     ("words", "culprit"),
     [
-        ("show mitta", "unknown method 'mitta': did you mean mita?"),
+        ("show mitaa", "unknown method 'mitaa': did you mean mita?"),
         ("show mita --set topk=big", "mita.topk = 'big' is not of type int"),
         ("show mita --set topk=4097", "topk = 4097 exceeds"),
         ("show mita --set topk", "there is no '='"),
