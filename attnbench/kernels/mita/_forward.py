@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ._attend import attend_kernel, merge_kernel
 from ._landmark import pool_kernel, probe_kernel
-from ._plan import Plan, plan, power, processors
+from ._launch import Launcher, signature
+from ._plan import Plan, most_segments, plan, power, processors
 from ._route import gate_kernel, permute_kernel
 from ._select import select_kernel
 
@@ -48,8 +49,8 @@ class Saved(NamedTuple):
     """[B, H, S N] pairs slot N + query, grouped by expert"""
     start: Tensor
     """[B, H, M + 1] first pair of each expert"""
-    tile: Tensor
-    """[B, H, M + 1] first tile of each expert"""
+    segment: Tensor
+    """[B, H, most_segments, 4]: expert, first pair and last pair + 1 of each segment, empty ones last"""
 
 
 def sizes(q: Tensor, k: Tensor, v: Tensor, m: int, setting: Setting) -> tuple[int, int, int, Plan]:
@@ -64,18 +65,19 @@ def rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def pooled(q: Tensor, grid: Sequence[int], p: Plan) -> Tensor:
+def pooled(launch: Launcher, q: Tensor, grid: Sequence[int], p: Plan) -> Tensor:
     """Adaptive average of q over its token grid."""
     b, h, _, d = q.shape
     prefix, gh, gw, ph, pw = grid
     r = q.new_empty(b, h, ph * pw, d)
-    pool_kernel[(b * h * ph * pw,)](
+    launch(
+        pool_kernel, b * h * ph * pw,
         q, r, *q.stride()[:3], h, prefix, gh, gw, ph, pw, D=d, BD=p.dim, BT=p.pool_block, num_warps=4
     )  # fmt: skip
     return r
 
 
-def build_experts(r: Tensor, k: Tensor, v: Tensor, top: int, setting: Setting, p: Plan) -> tuple[Tensor, Tensor, Tensor]:
+def build_experts(launch: Launcher, r: Tensor, k: Tensor, v: Tensor, top: int, setting: Setting, p: Plan) -> tuple[Tensor, Tensor, Tensor]:
     """Landmark values, their softmax statistics, and the keys of every expert."""
     (b, h, m, d), n, dv = r.shape, k.shape[2], v.shape[3]
     heads, blocks, splits, group = b * h, -(-n // p.probe_block), p.probe_splits, h // k.shape[1]
@@ -91,11 +93,13 @@ def build_experts(r: Tensor, k: Tensor, v: Tensor, top: int, setting: Setting, p
     groups = -(-chunks // p.group)
     common = {"G": group, "M": m, "D": d, "DV": dv, "C": p.chunk, "BN": p.probe_block, "BD": p.dim, "BDV": p.dim_v,
               "SHARED": setting.shared, "ROUTED": setting.routed}  # fmt: skip
-    probe_kernel[(heads * p.probe_tiles * splits,)](
+    launch(
+        probe_kernel, heads * p.probe_tiles * splits,
         r, k, v, chunk_max, acc, part[0], part[1], *k.stride()[:3], *v.stride()[:3], h, n, splits, blocks, setting.scale,
         MT=p.probe_tiles, BM=p.block_m, PREC=p.prec, **common, num_warps=4, num_stages=3 if p.probe_block == 128 else 2,
     )  # fmt: skip
-    select_kernel[(heads * m,)](
+    launch(
+        select_kernel, heads * m,
         r, k, chunk_max, acc, part[0], part[1], value, stat, index, list_, score, *k.stride()[:3], h, n, splits, chunks, groups,
         K=top, PG=p.group, BG=power(groups), KP=width, BS=min(16, power(splits)), BC=min(64, width * p.chunk), **common,
         num_warps=p.select_warps,
@@ -103,22 +107,26 @@ def build_experts(r: Tensor, k: Tensor, v: Tensor, top: int, setting: Setting, p
     return value, stat, index
 
 
-def route(q: Tensor, r: Tensor, s: int, p: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs grouped by expert, and the first pair and tile of every expert."""
+def route(launch: Launcher, q: Tensor, r: Tensor, s: int, p: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs grouped by expert, the first pair of every expert, and the table of segments."""
     (b, h, n, d), m = q.shape, r.shape[2]
     blocks, int_ = -(-n // p.gate_rows), {"dtype": torch.int32, "device": q.device}
     expert = torch.empty(b * h, s, n, dtype=torch.uint8, device=q.device)
+    rank = torch.empty(b * h, s, n, dtype=torch.int16, device=q.device)
     count = torch.empty(b * h, blocks, m, **int_)
-    gate_kernel[(b * h * blocks,)](
-        q, r, expert, count, *q.stride()[:3], h, n, blocks, M=m, S=s, D=d, ROWS=p.gate_rows, BQ=p.gate_block, MP=p.landmarks,
-        BD=p.dim, PREC=p.gate_prec, num_warps=8 if p.landmarks > 64 else 4,
+    launch(
+        gate_kernel, b * h * blocks,
+        q, r, expert, rank, count, *q.stride()[:3], h, n, blocks, M=m, S=s, D=d, ROWS=p.gate_rows, BQ=p.gate_block, MP=p.landmarks,
+        BD=p.dim, PREC=p.gate_prec, num_warps=p.gate_warps,
     )  # fmt: skip
-    order, start, tile = torch.empty(b, h, s * n, **int_), torch.empty(b, h, m + 1, **int_), torch.empty(b, h, m + 1, **int_)
-    permute_kernel[(b * h * blocks,)](
-        expert, count, order, start, tile, n, blocks, M=m, S=s, ROWS=p.gate_rows, BQ=64, BB=16, MP=p.landmarks, T=p.tile,
-        num_warps=4,
+    order, start, most = torch.empty(b, h, s * n, **int_), torch.empty(b, h, m + 1, **int_), most_segments(s * n, m)
+    segment = torch.empty(b, h, most, 4, **int_)
+    launch(
+        permute_kernel, b * h * blocks,
+        expert, rank, count, torch.empty_like(count), order, start, segment, n, blocks, most, M=m, S=s, ROWS=p.gate_rows, BB=16,
+        MP=p.landmarks, LENGTH=p.length, TB=power(most / blocks), num_warps=4,
     )  # fmt: skip
-    return order, start, tile
+    return order, start, segment
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor | None, setting: Setting) -> tuple[Tensor, Saved]:
@@ -127,23 +135,27 @@ def forward(q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor | None, setting: 
     (b, h, n, d), dv = q.shape, v.shape[3]
     m = setting.grid[3] * setting.grid[4] if landmarks is None else landmarks.shape[2]
     top, s, group, p = sizes(q, k, v, m, setting)
-    r = pooled(q, setting.grid, p) if landmarks is None else landmarks.contiguous()
-    value, stat, index = build_experts(r, k, v, top, setting, p)
+    launch = Launcher(("forward", signature(q, k, v), m, setting, p))
+    r = pooled(launch, q, setting.grid, p) if landmarks is None else landmarks.contiguous()
+    value, stat, index = build_experts(launch, r, k, v, top, setting, p)
     if setting.routed:
-        order, start, tile = route(q, r, s, p)
+        order, start, segment = route(launch, q, r, s, p)
     else:
-        order, start, tile = (torch.empty(b, h, 0, dtype=torch.int32, device=q.device) for _ in range(3))
+        order, start = (torch.empty(b, h, 0, dtype=torch.int32, device=q.device) for _ in range(2))
+        segment = torch.empty(b, h, 0, 4, dtype=torch.int32, device=q.device)
     out, lse = q.new_empty(b, h, n, dv), torch.empty(b, h, n, dtype=torch.float32, device=q.device)
     part = torch.empty(b, h, s, n, dv, dtype=torch.float32, device=q.device) if s > 1 else out
     part_lse = torch.empty(b, h, s, n, dtype=torch.float32, device=q.device) if s > 1 else lse
-    tiles = p.tiles(s * n, m) if setting.routed else -(-n // p.tile)
-    attend_kernel[(b * h * tiles,)](
-        q, k, v, r, value, index, order, start, tile, part, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        h, n, tiles, setting.scale, setting.shared_scale, G=group, M=m, K=top, S=s, D=d, DV=dv, T=p.tile, BM=p.block_m,
-        BK=p.block_k, MP=p.landmarks, BD=p.dim, BDV=p.dim_v, SHARED=setting.shared, ROUTED=setting.routed, PREC=p.prec,
-        num_warps=p.attend_warps, num_stages=2,
+    segments = p.segments(s * n, m if setting.routed else 0)
+    launch(
+        attend_kernel, b * h * segments,
+        q, k, v, r, value, index, order, segment, part, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        h, n, segments, segment.shape[2], setting.scale, setting.shared_scale, G=group, M=m, K=top, S=s, D=d, DV=dv,
+        LENGTH=p.length, T=p.tile, BM=p.block_m, BK=p.block_k, BD=p.dim, BDV=p.dim_v, SHARED=setting.shared, ROUTED=setting.routed,
+        PREC=p.prec,
+        num_warps=p.attend_warps, num_stages=p.attend_stages, maxnreg=p.attend_regs,
     )  # fmt: skip
     if s > 1:
         blocks = -(-n // 64)
-        merge_kernel[(b * h * blocks,)](part, part_lse, out, lse, n, blocks, S=s, DV=dv, BT=64, BDV=p.dim_v, num_warps=4)
-    return out, Saved(lse, r, value, stat, index, order, start, tile)
+        launch(merge_kernel, b * h * blocks, part, part_lse, out, lse, n, blocks, S=s, DV=dv, BT=64, BDV=p.dim_v, num_warps=4)
+    return out, Saved(lse, r, value, stat, index, order, start, segment)

@@ -1,4 +1,8 @@
-"""The operator as torch sees it: two custom ops, shapes for tracing, and the gradient that links them."""
+"""The operator as torch sees it: two operators, shapes for tracing, and the gradient that links them.
+
+Defined through torch.library's schema functions, not its `custom_op`, which compares the storages of all arguments and results at every
+call: about a millisecond.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +14,62 @@ from torch import Tensor
 
 from ._backward import backward
 from ._forward import Saved, Setting, forward
+from ._plan import most_segments
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import AbstractContextManager
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
 
 
 def _setting(topk: int, experts: int, shared: bool, routed: bool, scale: float, shared_scale: float, grid: list[int]) -> Setting:
     return Setting(topk, experts, shared, routed, scale, shared_scale, tuple(grid))
 
 
-@torch.library.custom_op("attnbench::mita_forward", mutates_args=())
-def mita_forward(
+def _define(name: str, function: Callable[..., Any]) -> Any:
+    """An operator with the schema of `function`, which changes no argument and returns none of them."""
+    torch.library.define(f"attnbench::{name}", torch.library.infer_schema(function, mutates_args=()))
+    torch.library.impl(f"attnbench::{name}", "CompositeExplicitAutograd")(function)
+    return getattr(torch.ops.attnbench, name).default
+
+
+def _forward(
     q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor | None, topk: int, experts: int, shared: bool, routed: bool,
     scale: float, shared_scale: float, grid: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The output, then the fields of `Saved`."""
     with _on(q):
         out, saved = forward(q, k, v, landmarks, _setting(topk, experts, shared, routed, scale, shared_scale, grid))
-    # a custom op may not return its input
+    # an operator may not return its input
     saved = saved._replace(r=saved.r.clone()) if saved.r is landmarks else saved
     return out, *saved  # type: ignore[return-value]
 
 
-@mita_forward.register_fake
+mita_forward = _define("mita_forward", _forward)
+
+
+@torch.library.register_fake("attnbench::mita_forward")
 def _(
     q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor | None, topk: int, experts: int, shared: bool, routed: bool,
     scale: float, shared_scale: float, grid: list[int],
 ) -> tuple[Tensor, ...]:  # fmt: skip
     b, h, n, d = q.shape
     m = grid[3] * grid[4] if landmarks is None else landmarks.shape[2]
-    m_s, m_r, s = m if shared else 0, m if routed else 0, min(experts, m)
+    m_s, m_r = m if shared else 0, m if routed else 0
+    s = min(experts, m)
     float_, int_ = {"dtype": torch.float32}, {"dtype": torch.int32}
-    ends = q.new_empty(b, h, m + 1 if routed else 0, **int_)
     return (
         q.new_empty(b, h, n, v.shape[3]), q.new_empty(b, h, n, **float_), q.new_empty(b, h, m, d), v.new_empty(b, h, m_s, v.shape[3]),
         q.new_empty(b, h, m_s, 2, **float_), q.new_empty(b, h, m_r, min(topk, k.shape[2]), **int_),
-        q.new_empty(b, h, s * n if routed else 0, **int_), ends, torch.empty_like(ends),
+        q.new_empty(b, h, s * n if routed else 0, **int_), q.new_empty(b, h, m + 1 if routed else 0, **int_),
+        q.new_empty(b, h, most_segments(s * n, m) if routed else 0, 4, **int_),
     )  # fmt: skip
 
 
-@torch.library.custom_op("attnbench::mita_backward", mutates_args=())
-def mita_backward(
+def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: list[Tensor], topk: int, experts: int, shared: bool, routed: bool,
     scale: float, shared_scale: float, grid: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -66,7 +81,10 @@ def mita_backward(
     return dq, dk, dv, dr
 
 
-@mita_backward.register_fake
+mita_backward = _define("mita_backward", _backward)
+
+
+@torch.library.register_fake("attnbench::mita_backward")
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: list[Tensor], topk: int, experts: int, shared: bool, routed: bool,
     scale: float, shared_scale: float, grid: list[int],
@@ -90,4 +108,4 @@ def _grad(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | No
     return dq, dk, dv, dr.to(ctx.landmarks) if ctx.landmarks else None, *none
 
 
-mita_forward.register_autograd(_grad, setup_context=_save)
+torch.library.register_autograd("attnbench::mita_forward", _grad, setup_context=_save)

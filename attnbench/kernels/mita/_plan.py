@@ -20,6 +20,15 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+LEAST_LENGTH = 128
+"""queries of a segment, at least"""
+
+
+def most_segments(pairs: int, experts: int) -> int:
+    """Rows of a table of segments that is large enough whatever the plan says."""
+    return pairs // LEAST_LENGTH + experts
+
+
 @dataclass(frozen=True)
 class Plan:
     """Launch sizes of one shape. Lengths are in rows; `*_warps` are warps a program."""
@@ -48,10 +57,13 @@ class Plan:
     """chunks a group"""
     gate_rows: int
     gate_block: int
+    gate_warps: int
     tile: int
-    """queries a tile of the attention kernels"""
-    segment: int
-    """queries of one expert whose key gradients are summed by one program"""
+    """queries that the attention kernel reads at a time"""
+    length: int
+    """queries of one expert that one program of the attention kernels handles"""
+    grad_tile: int
+    """queries that the kernels of the backward pass read at a time"""
     stream: int
     """queries whose landmark gradients are summed by one program"""
     key_block: int
@@ -59,18 +71,23 @@ class Plan:
     key_splits: int
     finish_block: int
     """queries a program that adds pooling's share to dq"""
+    attend_stages: int
+    query_stages: int
     select_warps: int
     attend_warps: int
+    query_warps: int
+    """of the kernel that makes gradients of queries"""
+    attend_regs: int | None
+    """registers a thread, at most; None leaves it to the compiler"""
+    query_regs: int | None
+    fused: bool
+    """whether gradients of an expert's keys are summed by the kernel that makes those of its queries"""
     grad_warps: int
-    """of the kernels that sum gradients of landmarks and keys"""
-
-    def tiles(self, pairs: int, experts: int) -> int:
-        """Bound on the tiles of a head."""
-        return pairs // self.tile + min(experts, pairs)
+    """of the kernels that sum gradients of landmarks"""
 
     def segments(self, pairs: int, experts: int) -> int:
-        """Bound on the segments of a head."""
-        return pairs // self.segment + min(experts, pairs)
+        """Bound on the segments of a head, whose experts are cut by length; without experts, how many there are."""
+        return pairs // self.length + min(experts, pairs) if experts else -(-pairs // self.length)
 
 
 @lru_cache(maxsize=256)
@@ -85,16 +102,19 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
     chunk = min(32, max(4, power((keys / (16 * k)) ** 0.5 * 0.75)))
     chunks = blocks * probe_block // chunk
     group = 1 if chunks <= 2048 else power(max(chunks / 2048, 0.75 * (chunks / k) ** 0.5))
-    gate_block = 64 if mp > 64 or big else 128
+    gate_block = 64
     rows = min(4096 if n > 1 << 18 else 1024, power(heads * n / (4 * sms)))
+    tile = 32 if fp32 else 64
     widest = max(power(chunks / group), power(k) * max(group, chunk))
     prec = "tf32x3" if fp32 else "tf32"
     return Plan(
         prec=prec, gate_prec="ieee" if fp32 and mp * dim > 1 << 14 else prec, dim=dim, dim_v=dim_v, landmarks=mp,
-        block_m=block_m, block_k=block_k, pool_block=64 if dim > 64 else 128 if n // m >= 128 else 32, probe_block=probe_block,
+        block_m=block_m, block_k=block_k, pool_block=64 if n // m >= 64 else 32, probe_block=probe_block,
         probe_tiles=probe_tiles, probe_splits=min(blocks, max(1, 2 * sms // (heads * probe_tiles))), chunk=chunk, group=group,
-        gate_rows=max(rows, gate_block), gate_block=gate_block, tile=32 if fp32 else 64,
-        segment=min(2048, max(128, power(n * s / m))), stream=min(2048, max(128, power(heads * n / (2 * sms)))),
+        gate_rows=max(rows, gate_block), gate_block=gate_block, gate_warps=8 if mp > 64 else 4,
+        tile=tile, length=min(512, max(LEAST_LENGTH, power(heads * n * s / (8 * sms)))), grad_tile=tile,
+        stream=min(2048, max(128, power(heads * n / (2 * sms)))),
         key_block=32 if big else 64, key_splits=min(-(-keys // 32), max(1, 2 * sms // heads)), finish_block=64 if dim <= 64 else 32,
-        select_warps=8 if widest > 4096 else 4 if widest > 512 else 2, attend_warps=4, grad_warps=4,
+        select_warps=4 if widest > 4096 else 2 if widest > 2048 else 1, attend_warps=4, attend_stages=2 if big else 1,
+        query_warps=4, query_stages=2 if big else 3, attend_regs=None if big else 128, query_regs=None, fused=k <= block_k, grad_warps=4,
     )  # fmt: skip

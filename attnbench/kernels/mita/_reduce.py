@@ -1,11 +1,14 @@
-"""Kernels of the backward pass that only add: partial sums, experts' keys into dk and dv, pooling into dq. No atomics."""
+"""Kernels of the backward pass that only add: partial sums, experts' keys into dk and dv, pooling into dq.
+
+Every sum has a fixed order; the one atomic sets bits, whose order does not matter.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ._tile import load_rows, store_rows
+from ._tile import averaged, load_rows, store_rows
 
 
 @triton.jit
@@ -34,76 +37,118 @@ def sum_landmark_kernel(
 
 
 @triton.jit
-def sum_probe_kernel(part, dr, PARTS, M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr):
-    """Add the landmark pass's share to dr."""
+def sum_probe_kernel(
+    part, dr, share, PARTS, GH, GW, PH, PW,
+    M: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BP: tl.constexpr, POOLED: tl.constexpr,
+):  # fmt: skip
+    """Add the landmark pass's share to dr; POOLED writes the share of each token that a landmark averages."""
     i_row = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BD)
     p_r = dr + i_row * D + o_d
-    tl.store(p_r, tl.load(p_r, mask=o_d < D, other=0.0) + sum_parts(part, i_row, PARTS, M, D, BD, BP), mask=o_d < D)
+    b_r = tl.load(p_r, mask=o_d < D, other=0.0) + sum_parts(part, i_row, PARTS, M, D, BD, BP)
+    tl.store(p_r, b_r, mask=o_d < D)
+    if POOLED:
+        i_y, i_x = (tl.program_id(0) % M) // PW, (tl.program_id(0) % M) % PW
+        height = ((i_y + 1) * GH + PH - 1) // PH - i_y * GH // PH
+        width = ((i_x + 1) * GW + PW - 1) // PW - i_x * GW // PW
+        tl.store(share + i_row * D + o_d, (b_r / (height * width)).to(share.dtype.element_ty), mask=o_d < D)
 
 
 @triton.jit
-def rank_kernel(
-    index, start, key, pair, segment,
-    SEGMENT: tl.constexpr, LISTS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BL: tl.constexpr,
-    MP: tl.constexpr,
-):  # fmt: skip
-    """Sort the LISTS * K selections of a key head by key, ties by list, and write each expert's first segment.
+def bins_kernel(bins, N, prefix, GH, GW, PH, PW, M: tl.constexpr, BT: tl.constexpr):
+    """`bins [N, WORDS]`: bit m of a token's words is set where landmark m averages the token, in bins as torch's adaptive pooling."""
+    WORDS: tl.constexpr = (M + 31) // 32
+    o_n = tl.program_id(0) * BT + tl.arange(0, BT)
+    o_t = o_n - prefix
+    b_y, b_x = (o_t // GW)[:, None], (o_t % GW)[:, None]
+    m_t = ((o_t >= 0) & (o_t < GH * GW))[:, None]
+    o_bit = tl.arange(0, 32)
+    for i in tl.static_range(WORDS):
+        o_m = (i * 32 + o_bit)[None, :]
+        m_y, m_x = o_m // PW, o_m % PW
+        m_in = (b_y >= m_y * GH // PH) & (b_y < ((m_y + 1) * GH + PH - 1) // PH)
+        m_in = m_in & (b_x >= m_x * GW // PW) & (b_x < ((m_x + 1) * GW + PW - 1) // PW)
+        b_word = tl.sum(tl.where(m_in & m_t & (o_m < M), 1 << o_bit[None, :], 0), 1)
+        tl.store(bins + o_n * WORDS + i, b_word, mask=o_n < N)
 
-    One program a list: the rank of a selection is the number of smaller ones, found by binary search in every ascending list.
-    """
+
+@triton.jit
+def mark_kernel(
+    index, start, mask, segment, N,
+    LENGTH: tl.constexpr, LISTS: tl.constexpr, WORDS: tl.constexpr, M: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, MP: tl.constexpr,
+):  # fmt: skip
+    """Set a list's bit in the `mask [Hkv, N, WORDS]` of each key that it selects, and write the first segment of its expert."""
     i_l, i_kv = tl.program_id(0) % LISTS, (tl.program_id(0) // LISTS).to(tl.int64)
-    p_list = index + i_kv * LISTS * K
+    o_k = tl.arange(0, KP)
+    b_key = tl.load(index + (i_kv * LISTS + i_l) * K + o_k, mask=o_k < K, other=0)
+    b_bit = tl.full([KP], 1, tl.int32) << (i_l % 32)
+    tl.atomic_or(mask + (i_kv * N + b_key) * WORDS + i_l // 32, b_bit, mask=o_k < K, sem="relaxed")
+    # the list's own query head, and the segments of its earlier experts
+    i_m, o_m = i_l % M, tl.arange(0, MP)
+    i_head = i_kv * (LISTS // M) + i_l // M
+    p_e = start + i_head * (M + 1) + o_m
+    b_count = tl.load(p_e + 1, mask=o_m < M, other=0) - tl.load(p_e, mask=o_m < M, other=0)
+    b_segments = (b_count + LENGTH - 1) // LENGTH
+    p_s = segment + i_head * (M + 1)
+    tl.store(p_s + i_m, tl.sum(tl.where(o_m < i_m, b_segments, 0), 0))
+    tl.store(p_s + M, tl.sum(b_segments, 0), mask=i_m == M - 1)
+
+
+@triton.jit
+def link_kernel(
+    index, mask, link, N, LISTS: tl.constexpr, WORDS: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
+):  # fmt: skip
+    """For each selection of a list: 2 (the next list's selection of the same key + 1) + whether no earlier list selects it."""
+    i_l, i_kv = tl.program_id(0) % LISTS, (tl.program_id(0) // LISTS).to(tl.int64)
     o_k = tl.arange(0, KP)
     m_k = o_k < K
-    b_key = tl.load(p_list + i_l * K + o_k, mask=m_k, other=0)
-    b_rank = tl.zeros([KP], tl.int32)
-    for first in range(0, LISTS, BL):
-        # [BL, 1]
-        o_l = (first + tl.arange(0, BL))[:, None]
-        b_x = b_key[None, :] + (o_l < i_l).to(tl.int32)
-        b_n = tl.zeros([BL, KP], tl.int32)
-        step = KP
-        while step > 0:
-            b_try = b_n + step
-            m_try = (b_try <= K) & (o_l < LISTS)
-            b_at = tl.load(p_list + o_l * K + b_try - 1, mask=m_try, other=2147483647)
-            b_n = tl.where(m_try & (b_at < b_x), b_try, b_n)
-            step = step // 2
-        b_rank += tl.sum(b_n, 0)
-    tl.store(key + i_kv * LISTS * K + b_rank, b_key, mask=m_k)
-    tl.store(pair + i_kv * LISTS * K + b_rank, i_l * K + o_k, mask=m_k)
-    # first segments, by the list's own query head
-    i_m = i_l % M
-    p_e = (i_kv * (LISTS // M) + i_l // M) * (M + 1)
-    o_m = tl.arange(0, MP)
-    b_count = tl.load(start + p_e + o_m + 1, mask=o_m < M, other=0) - tl.load(start + p_e + o_m, mask=o_m < M, other=0)
-    b_segments = (b_count + SEGMENT - 1) // SEGMENT
-    tl.store(segment + p_e + i_m, tl.sum(tl.where(o_m < i_m, b_segments, 0), 0))
-    tl.store(segment + p_e + M, tl.sum(b_segments, 0), mask=i_m == M - 1)
+    b_key = tl.load(index + (i_kv * LISTS + i_l) * K + o_k, mask=m_k, other=0)
+    b_next = tl.full([KP], LISTS, tl.int32)
+    b_own = tl.full([KP], 1, tl.int32)
+    b_one = tl.full([KP], 1, tl.int32)
+    for i_w in range(WORDS):
+        b_word = tl.load(mask + (i_kv * N + b_key) * WORDS + i_w, mask=m_k, other=0)
+        # bits of earlier lists, and of later ones
+        b_bit = tl.where(i_w == i_l // 32, b_one << (i_l % 32), 0)
+        b_early = tl.where(i_w < i_l // 32, -1, tl.where(i_w == i_l // 32, b_bit - 1, 0))
+        b_own = tl.where((b_word & b_early) != 0, 0, b_own)
+        b_late = b_word & ~(b_early | b_bit)
+        b_low = (b_late & -b_late).to(tl.float32)
+        b_at = i_w * 32 + (tl.log2(tl.maximum(tl.abs(b_low), 1.0)) + 0.5).to(tl.int32)
+        b_next = tl.minimum(b_next, tl.where(b_late != 0, b_at, LISTS))
+    # the place of the key in that list, which ascends
+    m_next = m_k & (b_next < LISTS)
+    b_n = tl.zeros([KP], tl.int32)
+    step = KP
+    while step > 0:
+        b_try = b_n + step
+        m_try = m_next & (b_try <= K)
+        b_there = tl.load(index + (i_kv * LISTS + b_next) * K + b_try - 1, mask=m_try, other=2147483647)
+        b_n = tl.where(m_try & (b_there < b_key), b_try, b_n)
+        step = step // 2
+    b_link = tl.where(m_next, b_next * K + b_n + 1, 0) * 2 + b_own
+    tl.store(link + (i_kv * LISTS + i_l) * K + o_k, b_link, mask=m_k)
 
 
 @triton.jit
 def scatter_kernel(
-    part, part_v, key, pair, segment, dk, dv, N, BLOCKS, SEGMENTS,
+    part, part_v, index, link, segment, dk, dv, N, BLOCKS, SEGMENTS,
     M: tl.constexpr, K: tl.constexpr, PAIRS: tl.constexpr, BP: tl.constexpr, G: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
 ):  # fmt: skip
-    """Add the experts' gradients to dk and dv: the first of a run of selections of one key sums the run and owns the key."""
+    """Add the experts' gradients to dk and dv: a key's first selection sums over all its selections, list by list."""
     i_b, i_kv = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
-    p_key, p_pair = key + i_kv * PAIRS, pair + i_kv * PAIRS
+    p_link = link + i_kv * PAIRS
     o_p = i_b * BP + tl.arange(0, BP)
     m_p = o_p < PAIRS
-    b_key = tl.load(p_key + o_p, mask=m_p, other=-1)
-    b_before = tl.load(p_key + o_p - 1, mask=m_p & (o_p > 0), other=-1)
-    m_own = m_p & (b_key != b_before)
+    b_key = tl.load(index + i_kv * PAIRS + o_p, mask=m_p, other=0)
+    b_link = tl.load(p_link + o_p, mask=m_p, other=0)
+    m_own = m_p & ((b_link & 1) == 1)
     b_dk = tl.zeros([BP, BD], tl.float32)
     b_dv = tl.zeros([BP, BDV], tl.float32)
-    m_run = m_own
+    m_run, b_pair = m_own, o_p
     n_run = tl.sum(m_run.to(tl.int32), 0)
-    o_at = o_p
     while n_run > 0:
-        b_pair = tl.load(p_pair + o_at, mask=m_run, other=0)
         i_list = b_pair // K
         i_head = i_kv * G + i_list // M
         p_e = segment + i_head * (M + 1) + i_list % M
@@ -115,9 +160,9 @@ def scatter_kernel(
             o_part = (i_head * SEGMENTS + b_first + i) * K + b_pair % K
             b_dk += load_rows(part, o_part, m_s, D, D, BD)
             b_dv += load_rows(part_v, o_part, m_s, DV, DV, BDV)
-        o_at += 1
-        m_run = m_run & (o_at < PAIRS)
-        m_run = m_run & (tl.load(p_key + o_at, mask=m_run, other=-1) == b_key)
+        b_pair = (b_link >> 1) - 1
+        m_run = m_run & (b_pair >= 0)
+        b_link = tl.load(p_link + b_pair, mask=m_run, other=0)
         n_run = tl.sum(m_run.to(tl.int32), 0)
     p_dk, p_dv = dk + i_kv * N * D, dv + i_kv * N * DV
     b_dk += load_rows(p_dk, b_key, m_own, D, D, BD).to(tl.float32)
@@ -128,10 +173,11 @@ def scatter_kernel(
 
 @triton.jit
 def finish_kernel(
-    dq, dr, out, N, BLOCKS, prefix, GH, GW, PH, PW,
-    S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, POOLED: tl.constexpr,
+    dq, share, bins, out, N, BLOCKS,
+    S: tl.constexpr, M: tl.constexpr, BM: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, POOLED: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """`out = sum over slots of dq + sum over the bins of a token of dr / bin size`; out may be dq itself."""
+    """`out = sum over slots of dq + what landmarks pass on to the tokens that they average`."""
     i_b, i_bh = tl.program_id(0) % BLOCKS, (tl.program_id(0) // BLOCKS).to(tl.int64)
     o_n = i_b * BT + tl.arange(0, BT)
     m_n = o_n < N
@@ -139,19 +185,8 @@ def finish_kernel(
     for i in tl.static_range(1, S):
         b_dq += load_rows(dq + (i_bh * S + i) * N * D, o_n, m_n, D, D, BD).to(tl.float32)
     if POOLED:
-        o_t = o_n - prefix
-        m_t = m_n & (o_t >= 0) & (o_t < GH * GW)
-        o_t = tl.where(m_t, o_t, 0)
-        b_y, b_x = o_t // GW, o_t % GW
-        # bins first .. last - 1 of each axis hold the token
-        b_y0, b_y1 = b_y * PH // GH, ((b_y + 1) * PH + GH - 1) // GH
-        b_x0, b_x1 = b_x * PW // GW, ((b_x + 1) * PW + GW - 1) // GW
-        n_y, n_x = tl.max(b_y1 - b_y0, 0), tl.max(b_x1 - b_x0, 0)
-        for i in range(0, n_y * n_x):
-            i_y, i_x = b_y0 + i // n_x, b_x0 + i % n_x
-            m_i = m_t & (i_y < b_y1) & (i_x < b_x1)
-            b_h = ((i_y + 1) * GH + PH - 1) // PH - i_y * GH // PH
-            b_w = ((i_x + 1) * GW + PW - 1) // PW - i_x * GW // PW
-            b_r = load_rows(dr + i_bh * PH * PW * D, i_y * PW + i_x, m_i, D, D, BD)
-            b_dq += tl.where(m_i[:, None], b_r / (b_h * b_w).to(tl.float32)[:, None], 0.0)
+        for i_m in range(0, M, BM):
+            o_m = i_m + tl.arange(0, BM)
+            b_share = load_rows(share + i_bh * M * D, o_m, o_m < M, D, D, BD)
+            b_dq += tl.dot(averaged(bins, o_n, m_n, i_m, M, BM).to(b_share.dtype), b_share, input_precision=PREC)
     store_rows(out + i_bh * N * D, o_n, m_n, D, b_dq, D, BD)

@@ -27,9 +27,12 @@ def keep_top(b_x, K):
     """Mask of the K largest of `b_x: [L]` (uint32, L <= 32768), and the place of each in a list of them."""
     low = tl.sum(tl.zeros_like(b_x), 0)
     bit = low + 0x80000000
-    for _ in range(32):
+    n_low = tl.sum((b_x >= low).to(tl.int32), 0)
+    # bit by bit, until just K are left or the K-th value is known
+    while (n_low != K) & (bit != 0):
         trial = low | bit
         count = tl.sum((b_x >= trial).to(tl.int32), 0)
+        n_low = tl.where(count >= K, count, n_low)
         low = tl.where(count >= K, trial, low)
         bit = bit >> 1
     b_above = b_x > low
