@@ -268,3 +268,19 @@ def test_a_cuda_graph_replays_without_synchronising(n):
     graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+def test_a_million_tokens_pass_the_gate():
+    import attnbench
+    from attnbench import check
+    from attnbench.inputs import draw
+    from attnbench.method import Shape
+
+    method = attnbench.get("mita@triton")
+    params = method.parse({"landmarks": 64, "topk": 64})
+    tensors = draw("randn", Shape(1, 1, 1 << 20, 64), 0, torch.bfloat16, DEVICE)
+    verdict = check.gate(method, method.implementation("triton"), params, tensors, backward=True, rows=64)
+    assert verdict.passed, (verdict.errors, verdict.bounds)
+    assert verdict.deterministic

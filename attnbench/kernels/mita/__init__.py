@@ -8,10 +8,11 @@ from landmarks rounded to the input's dtype; ties go to the first; a NaN score c
 Work of one head, N queries, S experts a query: forward `2 N D (3 M + S K) + 2 N Dv (2 M + S K)` FLOP (the query-landmark scores
 are computed twice, for the gate and for the softmax, since storing them would cost more bytes). Bytes that cross memory in the
 forward pass: q three times (pool, gate, attend), k and v once and the output once, `4 N M / C` twice for the chunk maxima,
-`5 N S` for the expert and order of each query; the gathers of experts stay in L2. Kept for the backward pass beyond q, k, v and
-the output: `8 N` bytes a head (order, log-sum-exp) and terms in M alone. The backward pass reads q and dO three times, the output
-once, k and v once, and writes each gradient once, dq twice where landmarks are pooled. Every sum has a fixed order: the same
-input gives the same output bit for bit.
+`7 N S` for the expert, rank and order of each query; the gathers of experts stay in L2. Kept for the backward pass beyond q, k, v and
+the output: `8 N` bytes a head (order, log-sum-exp) and terms in M alone. The backward pass reads q and dO twice, the output once, k and
+v once, and writes each gradient once; the gradients of the experts' keys, `K (D + Dv)` elements a segment of an expert, cross memory
+twice more before they meet. Six launches forward (seven with S > 1), at most twelve backward,
+no synchronisation with the host. Every sum has a fixed order: the same input gives the same output bit for bit.
 """
 
 from __future__ import annotations
