@@ -92,11 +92,15 @@ def read(q: Tensor, model: Inner) -> Tensor:
     return residual(q, z, model.norm)
 
 
-def stepped(model: Inner, inputs: Sequence[Tensor], found: Sequence[Tensor], size: Tensor) -> Inner:
-    """The model after one step; `size: [B, H, N]` is the factor of each token's gradient."""
+def step(inputs: Sequence[Tensor], found: Sequence[Tensor], size: Tensor) -> tuple[Layer, ...]:
+    """How far each layer goes: the sum of all tokens' gradients, `size: [B, H, N]` the factor of each."""
     scaled = [size.unsqueeze(-1) * g for g in found]
-    steps = zip(model.layers, inputs, scaled, strict=True)
-    return model._replace(layers=tuple((w - x.transpose(-1, -2) @ g, b - g.sum(-2, keepdim=True)) for (w, b), x, g in steps))
+    return tuple((x.transpose(-1, -2) @ g, g.sum(-2, keepdim=True)) for x, g in zip(inputs, scaled, strict=True))
+
+
+def moved(model: Inner, steps: Sequence[Layer]) -> Inner:
+    """The model after such steps downhill."""
+    return model._replace(layers=tuple((w - dw, b - db) for (w, b), (dw, db) in zip(model.layers, steps, strict=True)))
 
 
 def mini_batch(qkv: tuple[Tensor, Tensor, Tensor], eta: Tensor, model: Inner) -> tuple[Tensor, Inner]:
@@ -107,4 +111,4 @@ def mini_batch(qkv: tuple[Tensor, Tensor, Tensor], eta: Tensor, model: Inner) ->
     for i, ((w, b), key, g) in enumerate(zip(model.layers, inputs, found, strict=True)):
         x = hidden(x) if i else x
         x = x @ w + b - (eta * (x @ key.transpose(-1, -2) + 1)).tril() @ g
-    return residual(q, x, model.norm), stepped(model, inputs, found, eta[..., -1, :])
+    return residual(q, x, model.norm), moved(model, step(inputs, found, eta[..., -1, :]))

@@ -16,7 +16,7 @@ from attnbench.eager import expand_heads, wide
 from attnbench.stages import stage
 
 from ._chunks import rows_per_chunk
-from ._inner import Inner, gradients, hidden, read, residual
+from ._inner import Inner, gradients, hidden, moved, read, residual
 from ._recompute import outer_sum, recomputed
 from .ttt import step_sizes, token_factors
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from ._inner import Layer
     from .ttt import TttParams
 
 _SEGMENT = 64
@@ -40,15 +41,12 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: TttParams, weights: Mapping
     rate = _rates(q, params, weights, size)
     if params.causal:
         return _scan((q, k, v), rate, token_factors(weights["token"]), model)
-    flat = [x for layer in model.layers for x in layer]
+    trained = model
     with stage("state"):
-        sums = [torch.zeros_like(x) for x in flat]
         for part in zip(*(x.split(size, 2) for x in (k, v, rate)), strict=True):
-            sums = [a + b for a, b in zip(sums, recomputed(_learned, *part, model), strict=True)]
-        flat = [w - s / q.shape[2] for w, s in zip(flat, sums, strict=True)]
+            trained = moved(trained, recomputed(_step, *part, q.shape[2], model))
     with stage("attend"):
-        model = model._replace(layers=tuple(zip(flat[::2], flat[1::2], strict=True)))
-        return torch.cat([recomputed(_read, part, model) for part in q.split(size, 2)], 2)
+        return torch.cat([recomputed(_read, part, trained) for part in q.split(size, 2)], 2)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, params: TttParams, weights: Mapping[str, Tensor]) -> Tensor:
@@ -68,12 +66,12 @@ def _rates(q: Tensor, params: TttParams, weights: Mapping[str, Tensor], size: in
         return torch.cat([recomputed(step_sizes, part, weight, bias, params.base_lr) for part in q.split(size, 2)], 2)
 
 
-def _learned(k: Tensor, v: Tensor, rate: Tensor, model: Inner) -> list[Tensor]:
-    """Sums over a chunk of the gradient of each weight and bias, times the step sizes."""
+def _step(k: Tensor, v: Tensor, rate: Tensor, n: int, model: Inner) -> tuple[Layer, ...]:
+    """How far a chunk of N tokens moves each layer."""
     key, value = (x.repeat_interleave(rate.shape[1] // k.shape[1], 1) for x in (wide(k), wide(v)))
     inputs, found = gradients(key, value - key, model)
-    scaled = [rate.unsqueeze(-1) * g for g in found]
-    return [x for a, g in zip(inputs, scaled, strict=True) for x in (outer_sum(a, g), g.sum(-2, keepdim=True))]
+    scaled = [rate.unsqueeze(-1) / n * g for g in found]
+    return tuple((outer_sum(x, g), g.sum(-2, keepdim=True)) for x, g in zip(inputs, scaled, strict=True))
 
 
 def _read(q: Tensor, model: Inner) -> Tensor:
@@ -101,13 +99,13 @@ def _segment(qkv: tuple[Tensor, Tensor, Tensor], rate: Tensor, factors: Tensor, 
     eta = factors[:, None] * step.transpose(-1, -2)
     seen, found = (eta * (query @ key.transpose(-1, -2) + 1)).tril(), []
     for part in zip(query, key, target, seen, eta, strict=True):
-        z, model = _step(part, model)
+        z, model = _mini_batch(part, model)
         found.append(z)
     out = residual(query, torch.stack(found), model.norm).movedim(0, 1).flatten(1, 2)[:, : q.shape[2]]
     return out.unflatten(0, q.shape[:2]).to(q.dtype), model
 
 
-def _step(part: tuple[Tensor, ...], model: Inner) -> tuple[Tensor, Inner]:
+def _mini_batch(part: tuple[Tensor, ...], model: Inner) -> tuple[Tensor, Inner]:
     """What the inner model gives the queries `[B H, b, D]` of a mini-batch, and the model after it."""
     q, k, target, seen, eta = part
     inputs, found = gradients(k, target, model)

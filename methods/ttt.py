@@ -25,14 +25,14 @@ from attnbench.eager import expand_heads, take, wide
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, Weights, given, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
-from ._inner import Inner, gradients, mini_batch, read, stepped
+from ._inner import Inner, Layer, gradients, mini_batch, moved, read, step
 from ._recompute import recomputed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _HIDDEN = 4  # width of the two-layer inner model, in head dimensions
-_SEGMENT = 64  # mini-batches of the definition that the backward pass computes again together
+_SEGMENT = 64  # mini-batches of the definition that the backward pass computes again together, so that it can judge long sequences
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +72,11 @@ def token_factors(token: Tensor) -> Tensor:
     return (1 / torch.arange(1, len(token) + 1, dtype=token.dtype, device=token.device) + token).clamp(min=0)
 
 
+def _step(k: Tensor, v: Tensor, size: Tensor, model: Inner) -> tuple[Layer, ...]:
+    """One step on some tokens, each with a factor of its own."""
+    return step(*gradients(k, v - k, model), size)
+
+
 def _segment(qkv: tuple[Tensor, Tensor, Tensor], rate: Tensor, factors: Tensor, model: Inner) -> tuple[Tensor, Inner]:
     """Outputs of several mini-batches, one after the other, and the model after them."""
     outputs = []
@@ -88,12 +93,14 @@ def reference(
     own = given(weights, initial_weights, (q, k, v), params)
     rate = step_sizes(q, own["rate_weight"], own["rate_bias"], params.base_lr)
     key, value = expand_heads(q, wide(k), wide(v))
-    model = Inner.of(own)
+    model, outputs, length = Inner.of(own), [], _SEGMENT * params.minibatch
     if not params.causal:
-        model = stepped(model, *gradients(key, value - key, model), rate / q.shape[2])
-        return read(wide(take(q, rows)), model).to(v.dtype)
-    outputs, factors = [], token_factors(own["token"])
-    for *qkv, r in zip(*(x.split(_SEGMENT * params.minibatch, 2) for x in (wide(q), key, value, rate)), strict=True):
+        trained = model
+        for part in zip(*(x.split(length, 2) for x in (key, value, rate / q.shape[2])), strict=True):
+            trained = moved(trained, recomputed(_step, *part, model))
+        return read(wide(take(q, rows)), trained).to(v.dtype)
+    factors = token_factors(own["token"])
+    for *qkv, r in zip(*(x.split(length, 2) for x in (wide(q), key, value, rate)), strict=True):
         out, model = recomputed(_segment, qkv, r, factors, model)
         outputs.append(out)
     return take(torch.cat(outputs, 2), rows).to(v.dtype)
