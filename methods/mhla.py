@@ -68,10 +68,10 @@ class MhlaParams(GridParams):
         return found
 
     def fitted(self, shape: Shape) -> Self:
-        """Lowers blocks to a number that tiles the grid."""
+        """Lowers blocks to a number that tiles the grid, evenly where the denominator wants it."""
         fit = super().fitted(shape)
-        count = next(m for m in range(fit.blocks, 0, -1) if Tiles.of(fit.sides(shape.n), m))
-        return replace(fit, blocks=count)
+        options = {m: Tiles.of(fit.sides(shape.n), m) for m in range(fit.blocks, 0, -1)}
+        return replace(fit, blocks=next(m for m, t in options.items() if t and (t.even or fit.normalizer != "repo")))
 
     def sides(self, n: int) -> tuple[int, int]:
         """Height and width; a sequence is one token high."""

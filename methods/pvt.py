@@ -22,7 +22,7 @@ from torch.nn.functional import gelu, layer_norm
 
 from attnbench.eager import attend, expand_heads, take
 from attnbench.fastweights import Bank, FastWeights
-from attnbench.method import Citation, Cost, Implementation, Limits, Method, Shape, given, param
+from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, given, param
 from attnbench.stages import stage
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 EPS = 1e-5
 """of LayerNorm"""
+_MOST = 1 << 31
+"""numbers in the kernels: more would be 16 GiB when drawn"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,10 +168,9 @@ def cost(shape: Shape, params: PvtParams) -> Cost:
     traffic = {"attend": heads * s.n * width + compressed}
     owned = 0
     if params.shrinks(s.n):
-        groups, (r, t) = s.kv_heads if params.per_head else 1, params.kernel(s.n)
-        squares = sum((s.kv_heads * dim) ** 2 // groups for dim in (s.dim, s.dim_v))
-        owned = r * t * squares + s.kv_heads * (3 * width - (0 if params.pool else s.dim))
-        flops["project"] = 2 * s.batch * left * r * t * squares
+        kernels = _kernel_size(s, params)
+        owned = kernels + s.kv_heads * (3 * width - (0 if params.pool else s.dim))
+        flops["project"] = 2 * s.batch * left * kernels
         read = s.batch * s.kv_heads * s.n * width
         traffic["project"] = (compressed if params.pool else read) + owned + compressed
         if params.pool:
@@ -182,6 +183,17 @@ def _members(params: PvtParams, n: int) -> int:
     (height, width), (rows, columns) = params.sides(n), params.source(n)
     across, down = (sum(b - a for a, b in bins(*pair)) for pair in ((width, columns), (height, rows)))
     return height * across + columns * down
+
+
+def _kernel_size(shape: Shape, params: PvtParams) -> int:
+    """Numbers in the two kernels."""
+    groups, (r, t) = shape.kv_heads if params.per_head else 1, params.kernel(shape.n)
+    return r * t * sum((shape.kv_heads * dim) ** 2 // groups for dim in (shape.dim, shape.dim_v)) if params.shrinks(shape.n) else 0
+
+
+def _too_large(shape: Shape, params: Params, _dtype: torch.dtype, _device: str) -> list[str]:
+    size = _kernel_size(shape, params) if isinstance(params, PvtParams) and not params.problems(shape) else 0
+    return [f"kernels of {size:.1e} numbers: lower reduction, or set pool or per_head"] if size > _MOST else []
 
 
 def budget(shape: Shape, params: PvtParams, units: int) -> dict[str, object]:
@@ -208,7 +220,7 @@ METHOD = Method(
     experts=experts,
     cost=cost,
     budget=budget,
-    limits=Limits(no_causal="a patch of the image holds earlier and later tokens"),
+    limits=Limits(no_causal="a patch of the image holds earlier and later tokens", extra=_too_large),
     implementations=(Implementation("sdpa", "attnbench.methods.pvt:sdpa", note="convolutions as products of patches, then SDPA"),),
     weights=draw,
     couples_heads=True,

@@ -419,5 +419,32 @@ def test_values_that_do_not_fit_are_named(name, setting, n, words):
     assert "\n" not in problems[0]
 
 
+LARGE = [("mhla", {"normalizer": "repo"}), ("mhla", {"blocks": 97}), ("pvt", {"reduction": 64}), ("pvt", {"pool": 64}), ("linformer", {})]
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 100, 196, 257])
+@pytest.mark.parametrize(("name", "setting"), [*CASES, *LARGE])
+def test_fitted_values_fit(name, setting, n):
+    method, shape = attnbench.get(name), Shape(1, 2, n, 4)
+    params = method.parse(setting).fitted(shape)
+    assert params.problems(shape) == []
+    assert method.reference(*make(n, 2, heads=2, dim=4, dim_v=4, batch=1), params).isfinite().all()
+
+
+def test_kernels_that_hold_more_numbers_than_a_machine_are_refused():
+    method = attnbench.get("pvt")
+    shape, larger = Shape(1, 16, 4096, 64), Shape(1, 16, 1 << 18, 64)
+    for setting, refused in (
+        ({"reduction": 8}, False),
+        ({"reduction": 64}, True),
+        ({"pool": 8}, False),
+        ({"reduction": 64, "per_head": True}, False),
+    ):
+        reasons = method.limits.reasons(larger, torch.bfloat16, "cuda", method.parse(setting))
+        assert [r for r in reasons if "lower reduction" in r] == reasons
+        assert bool(reasons) == refused
+    assert not method.limits.reasons(shape, torch.bfloat16, "cuda", method.params())
+
+
 def test_convolution_needs_the_tokens_of_the_queries():
     assert "as many keys as queries" in attnbench.get("inline").params(conv=3).problems(Shape(1, 2, 36, 8, keys=40))[0]
