@@ -62,15 +62,20 @@ class Focused(Kernel):
         """With `e = g phi` and `t = sum e`: `y dy = p (e - t phi^2 / |phi|^2) + t y^2 / |y|^2`."""
         phi, y = wide(features), self._scaled(x)
         change = grad * phi
-        total, squares = change.sum((1, 4), keepdim=True), phi.mul_(phi)
-        change.addcmul_(squares, total / squares.sum((1, 4), keepdim=True), value=-1).mul_(self.power)
+        total, squares = _total(change), phi.mul_(phi)
+        change.addcmul_(squares, total / _total(squares), value=-1).mul_(self.power)
         squares = torch.mul(y, y, out=squares)
-        change.addcmul_(squares, total / squares.sum((1, 4), keepdim=True)).mul_(part.share * self.inverse)
+        change.addcmul_(squares, total / _total(squares)).mul_(part.share * self.inverse)
         scale = -(change.sum((0, 2, 3)) * self.slope[:, 0, 0])
         torch.mul(change.div_(y), x > 0, out=out)
         return (scale,)
 
 
 def _length(y: Tensor) -> Tensor:
-    length: Tensor = vector_norm(y, dim=(1, 4), keepdim=True)
+    """Of each token's channels in all heads: first in each head, which lie together."""
+    length: Tensor = vector_norm(vector_norm(y, dim=4, keepdim=True), dim=1, keepdim=True)
     return length
+
+
+def _total(x: Tensor) -> Tensor:
+    return x.sum(4, keepdim=True).sum(1, keepdim=True)
