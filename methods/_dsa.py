@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from attnbench.stages import stage
 
@@ -15,14 +16,44 @@ from .dsa import first_best, index_keys, index_queries, index_scores
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch import Tensor
-
     from .dsa import DsaParams
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, params: DsaParams, weights: Mapping[str, Tensor]) -> Tensor:
     """`q: [B, H, N, D]` -> `[B, H, N, Dv]`. Memory O(N K) indices, shared by the heads, and one chunk of scores."""
-    return attend_chosen(q, k, v, select(q, k, params, weights), *weights.values())
+    return _untrained(attend_chosen(q, k, v, select(q, k, params, weights)), weights)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, params: DsaParams, weights: Mapping[str, Tensor]) -> Tensor:
+    """The same by `attnbench.kernels`, as far as these select so many keys; beyond, keys are selected in chunks and attended to by them."""
+    from attnbench.kernels.gather import gather_attention
+    from attnbench.kernels.topk import MOST_KEYS, select_indexed
+
+    if min(params.topk, k.shape[2]) > MOST_KEYS:
+        index = select(q, k, params, weights)
+    else:
+        with torch.no_grad(), stage("project"):
+            (query, gate), key = index_queries(q, params, weights), index_keys(k, params, weights)
+        index = select_indexed(query, gate.squeeze(-1), key, params.topk, causal=params.causal)
+    return _untrained(gather_attention(q, k, v, index), weights)
+
+
+class _Untrained(torch.autograd.Function):
+    """The output as it is; the gradients of the weights that chose what it reads are zero."""
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(*weights)
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(x) for x in ctx.saved_tensors)
+
+
+def _untrained(out: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
+    result: Tensor = _Untrained.apply(out, *weights.values())  # type: ignore[no-untyped-call]
+    return result
 
 
 @torch.no_grad()

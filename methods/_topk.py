@@ -23,6 +23,14 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: TopkParams) -> Tensor:
     return attend_chosen(q, k, v, select(q, k, params))
 
 
+def fused(q: Tensor, k: Tensor, v: Tensor, params: TopkParams) -> Tensor:
+    """The same by `attnbench.kernels`: one kernel scores and one selects, for a slab of queries at a time, and one attends."""
+    from attnbench.kernels.gather import gather_attention
+    from attnbench.kernels.topk import select_topk
+
+    return gather_attention(q, k, v, select_topk(q, k, params.topk, causal=params.causal))
+
+
 @torch.no_grad()
 def select(q: Tensor, k: Tensor, params: TopkParams) -> Tensor:
     """Keys `[B, H, N, K]` as int32 with the largest `q . k`, -1 where a causal query sees fewer than K."""
@@ -39,31 +47,28 @@ def select(q: Tensor, k: Tensor, params: TopkParams) -> Tensor:
     return index
 
 
-def attend_chosen(q: Tensor, k: Tensor, v: Tensor, index: Tensor, *untrained: Tensor) -> Tensor:
-    """Each query of `q: [B, H, N, D]` attends to the keys `index: [B, H or 1, N, K]`, -1 for none -> `[B, H, N, Dv]`.
-
-    `untrained` are learned parameters that chose the keys: no gradient passes the choice, so theirs is zero.
-    """
-    out: Tensor = _Chosen.apply(q, k, v, index, *untrained)  # type: ignore[no-untyped-call]
+def attend_chosen(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
+    """Each query of `q: [B, H, N, D]` attends to the keys `index: [B, H or 1, N, K]`, -1 for none -> `[B, H, N, Dv]`."""
+    out: Tensor = _Chosen.apply(q, k, v, index)  # type: ignore[no-untyped-call]
     return out
 
 
 class _Chosen(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor, *untrained: Tensor) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> Tensor:
         k, v = k.contiguous(), v.contiguous()
         out = q.new_empty(*q.shape[:3], v.shape[3])
         for rows in row_chunks(q, _gather_bytes(q, v, index)):
             query, keys, values, mask = _gathered(q, k, v, index, rows)
             with stage("attend"):
                 out[:, :, rows] = attend(query, keys, values, q.shape[-1] ** -0.5, mask).squeeze(3)
-        ctx.save_for_backward(q, k, v, index, *untrained)
+        ctx.save_for_backward(q, k, v, index)
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, index, *untrained = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, index = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), zeros_wide(k), zeros_wide(v)
         for rows in row_chunks(q, 2 * _gather_bytes(q, v, index)):
             query, keys, values, mask = _gathered(q, k, v, index, rows)
@@ -72,7 +77,7 @@ class _Chosen(torch.autograd.Function):
             places = _places(index[:, :, rows], q, k)
             dk.flatten(0, 2).index_add_(0, places, parts[1].flatten(0, 3).to(dk.dtype))
             dv.flatten(0, 2).index_add_(0, places, parts[2].flatten(0, 3).to(dv.dtype))
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None, *(torch.zeros_like(x) for x in untrained)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
 def _gathered(q: Tensor, k: Tensor, v: Tensor, index: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:

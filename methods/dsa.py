@@ -25,9 +25,10 @@ from torch.nn.functional import layer_norm, relu
 
 from attnbench.eager import attend, causal_mask, expand_heads, positions, take, wide
 from attnbench.fastweights import Bank, FastWeights
-from attnbench.method import Citation, Cost, Implementation, Limits, Method, Shape, Weights, given, param
+from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, Weights, given, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from ._skim import selecting
 from .topk import TopkParams, choose, reads
 
 if TYPE_CHECKING:
@@ -165,6 +166,13 @@ def budget(_shape: Shape, _params: DsaParams, units: int) -> dict[str, object]:
     return {"topk": units}
 
 
+def _refused(shape: Shape, params: Params, _dtype: torch.dtype) -> list[str]:
+    from attnbench.kernels.topk import MOST_KEYS, supported
+
+    assert isinstance(params, DsaParams)
+    return supported(params.index_dim, shape.keys, min(params.topk, MOST_KEYS), torch.float32)
+
+
 METHOD = Method(
     name="dsa",
     title="DSA",
@@ -184,6 +192,7 @@ METHOD = Method(
     weights=draw,
     limits=Limits(cross=True),
     implementations=(
+        selecting("dsa", _refused),
         Implementation(
             "chunked", "attnbench.methods._dsa:chunked", Limits(cross=True), note="chunks of queries; keeps the chosen indices only"
         ),

@@ -18,6 +18,8 @@ from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from ._skim import selecting
+
 _ROWS = 1024  # queries whose keys are listed at a time
 
 
@@ -87,6 +89,13 @@ def budget(_shape: Shape, _params: TopkParams, units: int) -> dict[str, object]:
     return {"topk": units}
 
 
+def _refused(shape: Shape, params: Params, dtype: torch.dtype) -> list[str]:
+    from attnbench.kernels.topk import supported
+
+    assert isinstance(params, TopkParams)
+    return supported(shape.dim, shape.keys, params.topk, dtype)
+
+
 METHOD = Method(
     name="topk",
     title="Top-k",
@@ -99,6 +108,7 @@ METHOD = Method(
     budget=budget,
     limits=Limits(cross=True),
     implementations=(
+        selecting("topk", _refused),
         Implementation(
             "chunked", "attnbench.methods._topk:chunked", Limits(cross=True), note="chunks of queries; keeps the chosen indices only"
         ),

@@ -1,0 +1,39 @@
+"""The Triton kernels behind `topk`, `dsa` and `spark` as implementations: what they take, and which stage each kernel is."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from attnbench.method import Implementation, Limits, Params, Shape
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+DTYPES = ("bfloat16", "float16", "float32")
+STAGES = {
+    "score": ("topk_score_kernel",),
+    "select": ("topk_select_kernel",),
+    "attend": ("gather_attend_kernel",),
+    "attend gradient": ("gather_gradient_kernel",),
+}
+
+
+def selecting(name: str, takes: Callable[[Shape, Params, torch.dtype], list[str]]) -> Implementation:
+    """`triton` of a method that selects keys and attends to them; `takes` says why the kernels refuse, once a GPU is at hand."""
+
+    def refused(shape: Shape, params: Params, dtype: torch.dtype, device: str) -> list[str]:
+        from attnbench.kernels import gather
+
+        return [] if device != "cuda" else [*takes(shape, params, dtype), *gather.supported(shape.dim, shape.dim_v, dtype)]
+
+    return Implementation(
+        "triton",
+        f"attnbench.methods._{name}:fused",
+        Limits(("cuda",), DTYPES, cross=True, extra=refused),
+        requires=("triton",),
+        operators=("attnbench::gather_forward",),
+        note="scores, selection and attention in fused kernels; dk and dv are added up in no fixed order",
+        stages=STAGES,
+    )
