@@ -21,6 +21,7 @@ from . import _kernelised
 from ._kernelised import Normaliser, causal_cross
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 NORM = Normaliser(add=1e-6)
@@ -54,6 +55,10 @@ def cost(shape: Shape, params: LinearParams) -> Cost:  # noqa: ARG001
     return _kernelised.cost(shape, shape.dim)
 
 
+def _bidirectional(_shape: Shape, params: Params, _dtype: torch.dtype, _device: str) -> list[str]:
+    return [] if params.causal else ["flash-linear-attention is causal"]
+
+
 METHOD = Method(
     name="linear",
     title="Linear",
@@ -70,6 +75,15 @@ METHOD = Method(
             "attnbench.methods._linear:chunked",
             Limits(cross=True, extra=causal_cross),
             note="segments of tokens; causal by prefix states of chunks",
+        ),
+        Implementation(
+            "fla",
+            "attnbench.methods._linear_fla:attention",
+            Limits(devices=("cuda",), dtypes=("bfloat16",), max_dim=248, extra=_bidirectional),
+            requires=("fla",),
+            witness="attnbench.methods._linear_fla:witness",
+            layout="bnhd",
+            note="flash-linear-attention's chunked kernels",
         ),
     ),
 )

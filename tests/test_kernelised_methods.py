@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -348,6 +350,40 @@ def test_half_precision_passes_the_gate(name: str, setting: dict[str, object], c
     found = gate(method, implementation, params, inputs, stirred(method, list(inputs), params), backward=True)
     assert found.passed, {key: (found.errors[key], found.bounds[key]) for key in found.errors if found.errors[key] > found.bounds[key]}
     assert found.deterministic
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_what_flash_linear_attention_is_asked_for_is_the_definition(monkeypatch: pytest.MonkeyPatch, kv_heads: int) -> None:
+    """With a stand-in for its kernel, which adds up as it is documented to."""
+
+    def chunk_linear_attn(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, normalize: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert (scale, normalize) == (1.0, False)
+        assert q.shape[:3] == k.shape[:3] == v.shape[:3]
+        assert v.shape[3] % 8 == 0
+        weights = torch.einsum("bihd,bjhd->bhij", q, k).tril()
+        return torch.einsum("bhij,bjhd->bihd", weights, v), None
+
+    for name, content in (("fla", {}), ("fla.ops", {}), ("fla.ops.linear_attn", {"chunk_linear_attn": chunk_linear_attn})):
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "attnbench.methods._linear_fla", raising=False)
+    method, qkv = attnbench.get("linear"), [x.requires_grad_() for x in make(50, kv_heads=kv_heads)]
+    params = method.parse({"causal": True})
+    got, want = method.run(method.implementation("fla"), *qkv, params), method.reference(*qkv, params)
+    monkeypatch.delitem(sys.modules, "attnbench.methods._linear_fla")
+    close(got, want)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), qkv) for x in (got, want)), strict=True):
+        close(a, b)
+
+
+def test_flash_linear_attention_says_what_it_cannot_do() -> None:
+    method, shape = attnbench.get("linear"), Shape(1, 2, 64, 64)
+    reasons = method.reasons(method.implementation("fla"), shape, torch.float16, "cpu", method.params())
+    assert {"runs on cuda only, not on cpu", "takes bfloat16, not float16", "flash-linear-attention is causal"} <= set(reasons)
+    assert method.choose(shape, torch.bfloat16, "cuda", method.parse({"causal": True}))[0] == method.implementation("chunked")
 
 
 # costs, fast weights, bad input
