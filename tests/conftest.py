@@ -1,10 +1,15 @@
 """Settings of all tests."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
 from cli_support import SUITE
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():  # read when Triton, which torch's counter of FLOP imports, decorates its own functions
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # a busy machine is no failure: how long an example takes is not what these tests are about
 settings.register_profile("attnbench", deadline=None, suppress_health_check=[HealthCheck.too_slow])
