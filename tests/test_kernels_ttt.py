@@ -73,7 +73,8 @@ def test_the_number_of_kept_states_changes_nothing(monkeypatch):
         monkeypatch.setattr(kernels, "EVERY", every)
         results.append(both(*case(100, 8))[0])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        for a, b in zip(results[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
 
 
 def test_half_precision_is_as_good_as_the_definition_in_it(monkeypatch):
