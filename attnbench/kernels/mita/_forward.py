@@ -102,7 +102,7 @@ def build_experts(launch: Launcher, r: Tensor, k: Tensor, v: Tensor, top: int, s
         select_kernel, heads * m,
         r, k, chunk_max, acc, part[0], part[1], value, stat, index, list_, score, *k.stride()[:3], h, n, splits, chunks, groups,
         K=top, PG=p.group, BG=power(groups), KP=width, BS=min(16, power(splits)), BC=min(64, width * p.chunk), **common,
-        num_warps=p.select_warps,
+        num_warps=p.select_warps, maxnreg=p.select_regs,
     )  # fmt: skip
     return value, stat, index
 

@@ -77,6 +77,7 @@ class Plan:
     attend_warps: int
     query_warps: int
     """of the kernel that makes gradients of queries"""
+    select_regs: int | None
     attend_regs: int | None
     """registers a thread, at most; None leaves it to the compiler"""
     query_regs: int | None
@@ -103,7 +104,7 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
     chunks = blocks * probe_block // chunk
     group = 1 if chunks <= 2048 else power(max(chunks / 2048, 0.75 * (chunks / k) ** 0.5))
     gate_block = 64
-    rows = min(4096 if n > 1 << 18 else 1024, power(heads * n / (4 * sms)))
+    rows = min(4096 if n > 1 << 18 else 1024 if n > 8192 else 512, power(heads * n / (4 * sms)))
     tile = 32 if fp32 else 64
     widest = max(power(chunks / group), power(k) * max(group, chunk))
     prec = "tf32x3" if fp32 else "tf32"
@@ -116,5 +117,6 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
         stream=min(2048, max(128, power(heads * n / (2 * sms)))),
         key_block=32 if big else 64, key_splits=min(-(-keys // 32), max(1, 2 * sms // heads)), finish_block=64 if dim <= 64 else 32,
         select_warps=4 if widest > 4096 else 2 if widest > 2048 else 1, attend_warps=4, attend_stages=2 if big else 1,
-        query_warps=4, query_stages=2 if big else 3, attend_regs=None if big else 128, query_regs=None, fused=k <= block_k, grad_warps=4,
+        query_warps=4, query_stages=2 if big else 3, select_regs=None if widest > 2048 else 96, attend_regs=None if big else 128,
+        query_regs=None, fused=k <= block_k, grad_warps=4,
     )  # fmt: skip
