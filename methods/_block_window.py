@@ -1,4 +1,4 @@
-"""Window attention by scaled_dot_product_attention: windows of one size are one batch, and the short ones at the ends are others."""
+"""Window attention by scaled_dot_product_attention, a batch for each size of windows, or by fused kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from attnbench.eager import expand_heads
 from attnbench.stages import stage
 
+from ._regions import Regions
 from .block_window import pair_bias
 
 if TYPE_CHECKING:
@@ -32,6 +33,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, params: BlockWindowParams, weights: Ma
     for piece in pieces:
         out[:, :, piece.rows, piece.columns] = _attend((q, k, v), piece, params, weights)
     return out.flatten(2, 3)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, params: BlockWindowParams, weights: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG001
+    """The same without biases by `attnbench.kernels.blocks`, which makes no copies."""
+    from attnbench.kernels.blocks import attend_regions
+
+    with stage("permute"):
+        members = Regions.of(params, q.shape[2], q.device).members
+        own = torch.arange(len(members), device=q.device).expand(q.shape[0], -1).unsqueeze(2)
+        return attend_regions(q, k, v, own, members, causal=params.causal)
 
 
 class _Piece(NamedTuple):

@@ -1,4 +1,4 @@
-"""BRA by variable-length attention: tokens in the order of regions, the chosen regions of each copied side by side, all heads at once."""
+"""BRA by variable-length attention, the chosen regions of each region copied side by side and all heads at once, or by fused kernels."""
 
 from __future__ import annotations
 
@@ -41,6 +41,18 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, params: BraParams, weights: Mapping[
     with stage("permute"):
         out = out.view(b, n, *out.shape[1:]).index_select(1, order.argsort()).transpose(1, 2)
     return out + convolution(v, weights, params.sides(n)) if params.lepe else out
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, params: BraParams, weights: Mapping[str, Tensor]) -> Tensor:
+    """The same by `attnbench.kernels.blocks`, which makes no copies."""
+    from attnbench.kernels.blocks import attend_regions
+
+    with stage("permute"):
+        regions = Regions.of(params, q.shape[2], q.device)
+    chosen = choose(q, k, regions, params)
+    with stage("permute"):
+        out = attend_regions(q, k, v, chosen, regions.members, scale=params.factor(q.shape[1], q.shape[3]))
+    return out + convolution(v, weights, params.sides(q.shape[2])) if params.lepe else out
 
 
 class _Layout(NamedTuple):

@@ -1,4 +1,4 @@
-"""MoBA with queries sorted by block: each block is a segment of variable-length attention, and the parts of a query are merged."""
+"""MoBA with queries sorted by block: as segments of variable-length attention whose parts are merged, or by the fused kernels."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> Tensor:
         parts += [routed_part(chosen, k, v, params.block)] if chosen.shape[3] else []
     out = merged_attention(q.reshape(-1, q.shape[3]), parts, q.shape[3] ** -0.5)
     return out.view(*q.shape[:3], v.shape[3])
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> Tensor:
+    """The same, by `attnbench.kernels.blocks`."""
+    from attnbench.kernels.blocks import attend_blocks
+
+    chosen = route(q, k, params)
+    with stage("permute"):
+        return attend_blocks(q, k, v, chosen, params.block, causal=params.causal)
 
 
 @torch.no_grad()

@@ -31,10 +31,26 @@ _COPIES = 4
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, params: NsaParams, weights: Mapping[str, Tensor]) -> Tensor:
     """`q: [B, H, N, D]` -> `[B, H, N, Dv]`. Memory beside inputs and three outputs: the chosen blocks, one chunk of scores."""
+    first, chosen = _compressed_branch(q, k, v, params, weights)
+    return combined(q, weights["gate"], (first, _selected(q, k, v, chosen, params), window(q, k, v, params)))
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, params: NsaParams, weights: Mapping[str, Tensor]) -> Tensor:
+    """The same with the selected branch by `attnbench.kernels.blocks`."""
+    from attnbench.kernels.blocks import attend_blocks
+
+    first, chosen = _compressed_branch(q, k, v, params, weights)
+    with stage("permute"):
+        second = attend_blocks(q, k, v, chosen, params.block, causal=params.causal)
+    return combined(q, weights["gate"], (first, second, window(q, k, v, params)))
+
+
+def _compressed_branch(q: Tensor, k: Tensor, v: Tensor, params: NsaParams, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The compressed branch, and the selection blocks `[B, Hkv, N, S]` that it chooses."""
     with stage("pool" if params.phi == "mean" else "project"):
         keys, values = compressed(k, v, params, weights)
-    first, chosen = _Compressed.apply(q, keys, values, _Task(k.shape[2], params))  # type: ignore[no-untyped-call]
-    return combined(q, weights["gate"], (first, _selected(q, k, v, chosen, params), window(q, k, v, params)))
+    out, chosen = _Compressed.apply(q, keys, values, _Task(k.shape[2], params))  # type: ignore[no-untyped-call]
+    return out, chosen
 
 
 def combined(q: Tensor, gate: Tensor, branches: tuple[Tensor, Tensor, Tensor]) -> Tensor:

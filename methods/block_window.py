@@ -10,7 +10,8 @@ not divide the grid, those at its lower and right ends are short; the authors' c
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import isqrt
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,7 @@ from attnbench.method import Citation, Cost, Implementation, Limits, Method, Par
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from ._regions import LINE, RegionParams, Regions, at, share_reason
+from ._routed import implementation
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -108,8 +110,28 @@ def cost(shape: Shape, params: BlockWindowParams) -> Cost:
     return Cost.of(shape, flops, extra=table, traffic={"permute": 2 * io, "attend": io + table})
 
 
+def budget(shape: Shape, params: BlockWindowParams, units: int) -> dict[str, object]:
+    """Windows of such a size that a token's holds as many keys, on a grid the square that comes nearest."""
+    if params.grid == LINE:
+        return {"window": units}
+    candidates = [replace(params, window=side**2) for side in range(1, isqrt(4 * units) + 1)]
+    best = min(candidates, key=lambda p: abs(sum(n * n for n in p.areas(shape.n)) / shape.n - units))
+    return {"window": best.window}
+
+
 def _sdpa_reasons(shape: Shape, params: Params, _dtype: torch.dtype, device: str) -> list[str]:
     return share_reason(params, shape, _MOST_WINDOWS, device)
+
+
+def _pairs(shape: Shape, params: Params) -> int:
+    assert isinstance(params, BlockWindowParams)
+    a, b = params.tile(shape.n)
+    return shape.batch * len(params.areas(shape.n)) * a * b
+
+
+def _refused(params: Params) -> list[str]:
+    assert isinstance(params, BlockWindowParams)
+    return ["the fused kernels add no biases"] if params.bias else []
 
 
 METHOD = Method(
@@ -127,8 +149,10 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     weights=initial_weights,
     implementations=(
+        implementation("attnbench.methods._block_window:fused", _pairs, "tokens of a window gathered in fused kernels", _refused),
         Implementation(
             "sdpa",
             "attnbench.methods._block_window:sdpa",

@@ -28,7 +28,8 @@ from attnbench.stages import stage
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from ._grid import from_map, to_map
-from ._regions import RegionParams, Regions, at, region_means
+from ._regions import LINE, RegionParams, Regions, at, region_means
+from ._routed import implementation
 from ._varlen import segment_reasons, varlen_reasons
 
 if TYPE_CHECKING:
@@ -147,9 +148,21 @@ def cost(shape: Shape, params: BraParams) -> Cost:
     )  # fmt: skip
 
 
+def budget(_shape: Shape, params: BraParams, units: int) -> dict[str, object]:
+    """Regions of such a size that T of them hold as many keys, on a grid the square that comes nearest."""
+    tokens = max(1, round(units / params.topk))
+    return {"region": tokens if params.grid == LINE else max(1, round(sqrt(tokens))) ** 2}
+
+
 def _varlen_reasons(shape: Shape, params: Params, dtype: torch.dtype, device: str) -> list[str]:
     assert isinstance(params, BraParams)
     return varlen_reasons(shape, params, dtype, device) + segment_reasons(shape.batch * len(params.areas(shape.n)), device)
+
+
+def _pairs(shape: Shape, params: Params) -> int:
+    assert isinstance(params, BraParams)
+    (a, b), count = params.tile(shape.n), len(params.areas(shape.n))
+    return shape.batch * count * min(params.topk, count) * a * b
 
 
 METHOD = Method(
@@ -163,9 +176,11 @@ METHOD = Method(
     reference=reference,
     experts=experts,
     cost=cost,
+    budget=budget,
     limits=Limits(no_causal="regions are averaged over later tokens too"),
     weights=initial_weights,
     implementations=(
+        implementation("attnbench.methods._bra:fused", _pairs, "a region's queries against the regions it chose, in fused kernels"),
         Implementation(
             "varlen",
             "attnbench.methods._bra:varlen",

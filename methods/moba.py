@@ -19,6 +19,7 @@ from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from ._routed import implementation
 from ._varlen import segment_reasons, varlen_reasons
 
 
@@ -125,6 +126,11 @@ def _varlen_reasons(shape: Shape, params: Params, dtype: torch.dtype, device: st
     return varlen_reasons(shape, params, dtype, device) + segment_reasons(segments, device)
 
 
+def _pairs(shape: Shape, params: Params) -> int:
+    assert isinstance(params, MobaParams)
+    return shape.batch * shape.heads * shape.n * min(params.topk, params.blocks(shape.keys))
+
+
 METHOD = Method(
     name="moba",
     title="MoBA",
@@ -136,6 +142,7 @@ METHOD = Method(
     cost=cost,
     budget=budget,
     implementations=(
+        implementation("attnbench.methods._moba:fused", _pairs, "queries sorted by block, partial outputs merged, in fused kernels"),
         Implementation(
             "varlen",
             "attnbench.methods._moba:varlen",

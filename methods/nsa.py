@@ -35,6 +35,7 @@ from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling
 
 from ._nsa_compress import compressed, draw_phi, ends, members, phi_flops
 from ._nsa_select import block_tokens, choose, read, window_tokens
+from ._routed import implementation
 from ._varlen import segment_reasons, varlen_reasons
 from .sliding_window import SlidingWindowParams
 
@@ -170,6 +171,11 @@ def _varlen_reasons(shape: Shape, params: Params, dtype: torch.dtype, device: st
     return varlen_reasons(shape, params, dtype, device) + segment_reasons(segments, device)
 
 
+def _pairs(shape: Shape, params: Params) -> int:
+    assert isinstance(params, NsaParams)
+    return shape.batch * shape.kv_heads * shape.n * min(params.topk, -(-shape.keys // params.block))
+
+
 METHOD = Method(
     name="nsa",
     title="NSA",
@@ -187,6 +193,11 @@ METHOD = Method(
     cost=cost,
     weights=initial_weights,
     implementations=(
+        implementation(
+            "attnbench.methods._nsa:fused",
+            _pairs,
+            "compressed scores in chunks of queries, selected blocks in fused kernels, windows by flash",
+        ),
         Implementation(
             "varlen",
             "attnbench.methods._nsa:varlen",

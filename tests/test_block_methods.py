@@ -493,3 +493,14 @@ def test_limits_on_a_gpu(label: str, shape: Shape, reason: str) -> None:
     found = method.implementation(method.pinned).limits.reasons(shape, torch.bfloat16, "cuda", params)
     assert len(found) == 1
     assert reason in found[0]
+
+
+@pytest.mark.parametrize("units", [7, 24, 100])
+def test_budgets_of_a_sequence_are_exact_and_of_a_grid_the_nearest_square(units: int) -> None:
+    shape, window, bra = Shape(1, 2, 3600, 8), attnbench.get("block_window"), attnbench.get("bra")
+    assert window.budget is not None
+    assert bra.budget is not None
+    assert window.budget(shape, window.parse({"grid": "line"}), units) == {"window": units}
+    assert bra.budget(shape, bra.parse({"grid": "line", "topk": 2}), units) == {"region": round(units / 2)}
+    assert window.budget(shape, window.params(), 100) == {"window": 100}
+    assert bra.budget(shape, bra.params(), 100) == {"region": 25}
