@@ -20,6 +20,29 @@ STAGES = {
 }
 
 
+def thresholded() -> Implementation:
+    """`triton` of `spark`."""
+
+    def refused(shape: Shape, _params: Params, dtype: torch.dtype, device: str) -> list[str]:
+        from attnbench.kernels import spark
+
+        return [] if device != "cuda" else spark.supported(shape.dim, shape.dim_v, dtype)
+
+    return Implementation(
+        "triton",
+        "attnbench.methods._spark:fused",
+        Limits(("cuda",), DTYPES, cross=True, extra=refused),
+        requires=("triton",),
+        operators=("attnbench::spark_forward",),
+        note="one pass over all pairs; scores below the threshold weigh nothing",
+        stages={
+            "select": ("spark_statistics_kernel",),
+            "attend": ("spark_attend_kernel",),
+            "attend gradient": ("spark_query_gradient_kernel", "spark_key_gradient_kernel"),
+        },
+    )
+
+
 def selecting(name: str, takes: Callable[[Shape, Params, torch.dtype], list[str]]) -> Implementation:
     """`triton` of a method that selects keys and attends to them; `takes` says why the kernels refuse, once a GPU is at hand."""
 

@@ -27,6 +27,21 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: SparkParams) -> Tensor:
     return out
 
 
+def fused(q: Tensor, k: Tensor, v: Tensor, params: SparkParams) -> Tensor:
+    """The same in one pass over pairs by `attnbench.kernels.spark`, with one pass before it for the thresholds of causal queries."""
+    from attnbench.kernels.spark import spark_attention, spark_statistics
+
+    r = params.split(q.shape[-1])
+    with torch.no_grad(), stage("select"):
+        if params.causal:
+            mean, squares = spark_statistics(q, k, r)
+            count = torch.arange(1, q.shape[2] + 1, device=q.device).clamp(max=k.shape[2])
+            limit = mean + deviations(squares, count, params)
+        else:
+            limit = limits(q[..., :r], k[..., :r], params).squeeze(-1)
+    return spark_attention(q, k, v, limit, r, *params.factors(q.shape[-1]), causal=params.causal)
+
+
 @torch.no_grad()
 def limits(q: Tensor, k: Tensor, params: SparkParams) -> Tensor:
     """Thresholds `[B, H, N, 1]` of bidirectional queries without their scores, from the mean and the covariance of the keys.
@@ -38,7 +53,7 @@ def limits(q: Tensor, k: Tensor, params: SparkParams) -> Tensor:
     scatter = (keys - mean).transpose(-1, -2) @ (keys - mean)
     query = _grouped(wide(q), k.shape[1])
     squares = ((query @ scatter) * query).sum(-1, keepdim=True).clamp(min=0)
-    count = torch.tensor(k.shape[2], device=q.device)
+    count = torch.full((), k.shape[2], device=q.device)
     limit = query @ mean.transpose(-1, -2) + deviations(squares, count, params)
     return limit.view(*q.shape[:3], 1)
 

@@ -26,6 +26,7 @@ from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from ._skim import thresholded
 from .topk import reads
 
 _ROWS = 1024  # queries whose kept keys are listed at a time
@@ -171,6 +172,7 @@ METHOD = Method(
     budget=budget,
     limits=Limits(cross=True),
     implementations=(
+        thresholded(),
         Implementation(
             "chunked",
             "attnbench.methods._spark:chunked",
