@@ -103,6 +103,8 @@ class Family(StrEnum):
     DENSE = "dense softmax"
     LINEAR = "kernelised"
     COMPRESSED = "compressed"
+    TEST_TIME = "test-time trained"
+    SAMPLED = "sampled"
     PER_QUERY = "per-query routing"
     MOE = "mixture of experts"
     COMPRESS_ROUTE = "compress & route"
@@ -123,6 +125,10 @@ class Coordinates:
         """The coarse family that these coordinates fall in."""
         if self.scaling is Scaling.BOTH:
             return Family.COMPRESS_ROUTE
+        if self.construction is Construction.TEST_TIME_TRAINING:
+            return Family.TEST_TIME
+        if self.construction is Construction.OFFSET_PREDICTING:
+            return Family.SAMPLED
         if self.scaling is Scaling.ROUTING:
             return Family.PER_QUERY if self.count is Count.TOKENS else Family.MOE
         if self.expert is not Expert.MLP:

@@ -27,18 +27,20 @@ COLOURS: dict[Family | None, str] = {
     Family.DENSE: "#000000",
     Family.LINEAR: "#E69F00",
     Family.COMPRESSED: "#56B4E9",
+    Family.TEST_TIME: "#0072B2",
+    Family.SAMPLED: "#882255",
     Family.PER_QUERY: "#009E73",
     Family.MOE: "#CC79A7",
     Family.COMPRESS_ROUTE: "#D55E00",
-    None: "#0072B2",
+    None: "#6E6E6E",
 }
-"""Okabe and Ito's palette, safe for colour-blind readers; None is a method that the registry does not know."""
+"""Okabe and Ito's palette and Tol's wine, safe for colour-blind readers; None is a method that the registry does not know."""
 
 BASELINE = "#9a9a9a"
 """The best dense time, repeated in the panels of the other families."""
 
 MARKERS: tuple[Any, ...] = ("o", "s", "^", "v", "<", ">", "D", "d", "p", "P", "X", "*", (4, 1, 0), (3, 1, 0))
-_SALT = 1342816  # a test holds that it gives the built-in methods of one family different markers
+_SALT = 550  # a test holds that it gives the built-in methods of one family different markers
 _FILLS = ("full", "none", "left", "right", "top", "bottom")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (5, 1.4, 1.2, 1.4)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
