@@ -27,7 +27,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: CosformerParams) -> Tensor:
 class Cosine(Kernel):
     """`phi(x_i) = [relu(x_i) sin, relu(x_i) cos]` of `pi i / 2M`."""
 
-    norm, vanishes, wide_reads = NORM, True, True
+    norm, vanishes, wide_products = NORM, True, True
 
     def __init__(self, q: Tensor, k: Tensor) -> None:
         self.width, length = 2 * q.shape[3], max(q.shape[2], k.shape[2])

@@ -39,7 +39,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: FocusedLinearParams, *, wei
 class Focused(Kernel):
     """`phi(x) = |y| y^p / |y^p|` with `y = (relu(x) + 1e-6) / softplus(scale)`, lengths over all heads."""
 
-    norm, couples_heads, wide_reads = NORM, True, True
+    norm, couples_heads, wide_products = NORM, True, True
 
     def __init__(self, scale: Tensor, power: float) -> None:
         self.weights, self.power, self.width = (scale,), power, scale.shape[1]

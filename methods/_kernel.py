@@ -27,10 +27,16 @@ class Part(NamedTuple):
     tokens: slice
     share: float
     """factor that gradients of its features lack: 1 of queries, 1 / M of keys, which would leave the range of float16"""
+    whole: bool
+    """whether this is all there is"""
 
     def of(self, x: Tensor) -> Tensor:
         """A view of `x: [B, Hkv, G, N, D]`."""
-        return x[self.batch, self.heads, :, self.tokens]
+        return x if self.whole else x[self.batch, self.heads, :, self.tokens]
+
+    def states(self, x: Tensor) -> Tensor:
+        """`[b h, R, C]` of `x: [B, Hkv, R, C]`."""
+        return (x if self.whole else x[self.batch, self.heads]).flatten(0, 1)
 
 
 class Kernel(ABC):
@@ -47,8 +53,8 @@ class Kernel(ABC):
     """whether features are products, a stage of their own"""
     vanishes = False
     """whether all features of a token may be zero"""
-    wide_reads = False
-    """whether what queries read is kept in at least float32 until it is divided"""
+    wide_products = False
+    """whether what queries read, and the gradients of features, are in at least float32 until they are used"""
     reads = 1
     """denominators of a query: the values are cut in as many groups of channels"""
 
@@ -60,7 +66,7 @@ class Kernel(ABC):
     def backward(self, grad: Tensor, features: Tensor, x: Tensor, part: Part, out: Tensor) -> Sequence[Tensor]:
         """Write the gradient of `x` to `out`, where that of its `features` is `part.share` times `grad`, and return those of `weights`.
 
-        `grad` and `features` may be overwritten.
+        `grad` and `features` may be overwritten; `grad` is in at least float32 where `wide_products`.
         """
 
     def spread(self, state: Tensor) -> Tensor:
@@ -87,7 +93,8 @@ class Kernel(ABC):
         else:
             pairs, tokens = rows_per_chunk(x, row_bytes * n), n
             heads, batch = min(pairs, h), max(1, pairs // h)
+        whole = batch >= b and heads >= h and tokens >= n
         for i in range(0, b, batch):
             for j in range(0, h, heads):
                 for start in range(0, n, tokens):
-                    yield Part(side, slice(i, i + batch), slice(j, j + heads), slice(start, start + tokens), share)
+                    yield Part(side, slice(i, i + batch), slice(j, j + heads), slice(start, start + tokens), share, whole)

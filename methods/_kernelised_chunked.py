@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from attnbench.eager import wide
 from attnbench.stages import stage
@@ -39,13 +40,13 @@ def _made(kernel: Kernel, x: Tensor, part: Part) -> Tensor:
         return kernel.features(part.of(x), part)
 
 
-def _read(kernel: Kernel, query: Tensor, matrix: Tensor) -> Tensor:
-    return (wide_bmm if kernel.wide_reads else torch.bmm)(query, matrix)
+def _product(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
+    return (wide_bmm if kernel.wide_products else torch.bmm)(a, b)
 
 
 def _rows(x: Tensor) -> Tensor:
     """`[b, h, g, n, X]` -> `[b h, g n, X]`."""
-    return x.flatten(2, 3).flatten(0, 1)
+    return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[4])
 
 
 def _state(k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
@@ -54,7 +55,7 @@ def _state(k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
     padding = -(width + kernel.reads) % 8 + kernel.reads - 1
     for part in kernel.parts("key", k, width):
         key = _made(kernel, k, part)
-        outer = outer_sum(_rows(key), _rows(part.of(v))).unflatten(0, key.shape[:2])
+        outer = outer_sum(_rows(key), _rows(part.of(v))).view(*key.shape[:2], kernel.width, -1)
         total = key.sum((2, 3), dtype=outer.dtype).unsqueeze(3)
         sums = torch.cat([outer, total, total.new_zeros(1).expand(*total.shape[:3], padding)], 3)
         state = _added(state, sums, part, k)
@@ -108,14 +109,14 @@ class _Bidirectional(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, *weights: Tensor) -> Tensor:
         """`q: [B, Hkv, G, N, D]`, `k: [B, Hkv, 1, M, D]`, `v: [B, Hkv, 1, M, Dv]` -> `[B, Hkv, G, N, Dv]`."""
         width, out = v.shape[4], q.new_empty(*q.shape[:4], v.shape[4])
-        totals = (wide(q[:0]) if kernel.wide_reads else q).new_empty(*q.shape[:4], kernel.reads)
+        totals = (wide(q[:0]) if kernel.wide_products else q).new_empty(*q.shape[:4], kernel.reads)
         with stage("state"):
             matrix = kernel.spread(_state(k, v, kernel))
             rounded = matrix.to(q.dtype)
         with stage("attend"):
             for part in kernel.parts("query", q, width):
                 query = _made(kernel, q, part)
-                mixed = _read(kernel, _rows(query), rounded[part.batch, part.heads].flatten(0, 1)).view(*query.shape[:4], -1)
+                mixed = _product(kernel, _rows(query), part.states(rounded)).view(*query.shape[:4], -1)
                 _denominate(mixed[..., width : width + kernel.reads], k.shape[3], kernel, part.of(totals))
                 for i, c in enumerate(kernel.columns(width)):
                     torch.div(mixed[..., c], part.of(totals)[..., i : i + 1], out=part.of(out)[..., c])
@@ -133,8 +134,10 @@ class _Bidirectional(torch.autograd.Function):
         sums = [torch.zeros_like(wide(w)) for w in weights]
         centred, mean = _centred(matrix, width, kernel, v)
         dq, dmatrix = _read_backward(grad, q, totals, centred, kernel=kernel, keys=k.shape[3], sums=sums)
-        ds, dz, _ = kernel.gather(dmatrix).split([width, 1, matrix.shape[3] - width - 1], 3)
-        dk, dv = _state_backward(ds, dz if mean is None else dz - ds @ mean, k, v, kernel=kernel, sums=sums)
+        dstate = kernel.gather(dmatrix)
+        if mean is not None:
+            dstate[..., width : width + 1].sub_(dstate[..., :width] @ mean)
+        dk, dv = _state_backward(dstate, k, v, kernel=kernel, sums=sums)
         return dq, dk, dv, None, *(x.to(w.dtype) for x, w in zip(sums, weights, strict=True))
 
 
@@ -144,17 +147,17 @@ def _read_backward(
     """Gradients of the queries and, in at least float32, of what they multiply; those of weights are added to `sums`."""
     width, dq, rounded, dmatrix = grad.shape[4], q.new_empty(q.shape), matrix.to(q.dtype), None
     for part in kernel.parts("query", q, width):
-        own, query = rounded[part.batch, part.heads].flatten(0, 1), kernel.features(part.of(q), part)
+        own, query = part.states(rounded), kernel.features(part.of(q), part)
         a = grad.new_empty(*query.shape[:4], matrix.shape[3])
         a[..., width:] = 0
-        product = _read(kernel, _rows(query), own[..., :width]).view(*query.shape[:4], width)
+        product = _product(kernel, _rows(query), own[..., :width]).view(*query.shape[:4], width)
         for i, c in enumerate(kernel.columns(width)):
             total = part.of(totals)[..., i : i + 1]
             torch.div(part.of(grad)[..., c], total, out=a[..., c])
             weight = product[..., c].mul_(a[..., c]).sum(-1, dtype=matrix.dtype)
             a[..., width + i] = -weight / _sloping(total, kernel.norm, keys)[..., 0]
-        dmatrix = _added(dmatrix, outer_sum(_rows(query), _rows(a)).unflatten(0, query.shape[:2]), part, q)
-        dfeatures = torch.bmm(_rows(a), own.transpose(1, 2)).view_as(query)
+        dmatrix = _added(dmatrix, outer_sum(_rows(query), _rows(a)).view(*query.shape[:2], kernel.width, -1), part, q)
+        dfeatures = _product(kernel, _rows(a), own.transpose(1, 2)).view_as(query)
         _add(sums, kernel.backward(dfeatures, query, part.of(q), part, part.of(dq)))
     assert dmatrix is not None
     return dq, dmatrix
@@ -165,17 +168,26 @@ def _sloping(total: Tensor, norm: Normaliser, keys: int) -> Tensor:
     return total.masked_fill(total <= _least(norm, keys, total), torch.inf) if norm.least else total
 
 
-def _state_backward(ds: Tensor, dz: Tensor, k: Tensor, v: Tensor, *, kernel: Kernel, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _state_backward(dstate: Tensor, k: Tensor, v: Tensor, *, kernel: Kernel, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Gradients of the keys and values; those of weights are added to `sums`."""
-    dk, dv = k.new_empty(k.shape), v.new_empty(v.shape)
-    for part in kernel.parts("key", k, v.shape[4]):
+    dk, dv, width = k.new_empty(k.shape), v.new_empty(v.shape), v.shape[4]
+    rounded = dstate.to(v.dtype)
+    for part in kernel.parts("key", k, width):
         key, values, dvalues = kernel.features(part.of(k), part), _rows(part.of(v)), part.of(dv)
-        own, bias = (x[part.batch, part.heads].flatten(0, 1).to(v.dtype) for x in (ds, dz))
+        own = part.states(rounded)
         target = dvalues.view(-1, *dvalues.shape[3:])
-        torch.baddbmm(target, _rows(key), own, beta=0, alpha=part.share, out=target)
-        dfeatures = torch.baddbmm(bias.transpose(1, 2), values, own.transpose(1, 2)).view_as(key)
-        _add(sums, kernel.backward(dfeatures, key, part.of(k), part, part.of(dk)))
+        torch.baddbmm(target, _rows(key), own[..., :width], beta=0, alpha=part.share, out=target)
+        if kernel.wide_products:
+            dfeatures = wide_bmm(_augmented(values, own.shape[2]), own.transpose(1, 2))
+        else:
+            dfeatures = torch.baddbmm(own[..., width].unsqueeze(1), values, own[..., :width].transpose(1, 2))
+        _add(sums, kernel.backward(dfeatures.view_as(key), key, part.of(k), part, part.of(dk)))
     return dk, dv
+
+
+def _augmented(values: Tensor, columns: int) -> Tensor:
+    """A column of ones and columns of zeros after those of `values: [X, M, Dv]`."""
+    return pad(pad(values, (0, 1), value=1.0), (0, columns - values.shape[2] - 1))
 
 
 def _add(sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

@@ -1,8 +1,9 @@
 """The practical implementation of Performer: scores of random directions by one product, exponentials rounded once.
 
 Features of half-precision inputs are wanted exact to their rounding, and `exp` turns an error of its argument into a relative one: the
-directions are cut into a high and a low half-precision part and both multiplied, in float32, by two copies of the inputs. eps stands
-beside the exponentials in features of its own, so that small ones are not rounded away: with `E = exp(..)` of queries and keys,
+directions are cut into two half-precision parts, a high and a low one, that two copies of the inputs multiply in one product; into three
+for `relu`, whose slope jumps where an argument changes its sign. eps stands beside the features in features of its own, so that small ones
+are not rounded away: with `E = exp(..)` or `relu(..)` and b for what a query's lack,
 `sum_r (E_q + b)(E_k + eps) = E_q . E_k + (eps sum_r E_q + R b eps) 1 + b sum_r E_k`.
 """
 
@@ -15,8 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-
-from attnbench.eager import wide
 
 from ._kernel import Kernel, Part
 from ._kernelised_causal import Features, causal
@@ -42,23 +41,24 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: PerformerParams) -> Tensor:
 
 @lru_cache(maxsize=16)
 def _prepared(params: PerformerParams, dim: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What inputs and gradients multiply, `[D or 2 D, W]` and `[W, D]`: directions over D^1/4, in the inputs' dtype.
+    """Directions over D^1/4 in the inputs' dtype: `[2 D, W]`, their parts, which copies of inputs multiply; `[W, D]`, which gradients do.
 
-    Beyond R the first repeats the first direction, so that a maximum is the same over all W; the second is zero there.
+    Beyond R the former repeat the first direction, so that a maximum is the same over all W; the latter are zero there.
     """
     with torch.inference_mode(mode=False), torch.no_grad():
         count = params.count(dim)
         scaled = dim**-0.25 * directions(params, dim, torch.float64, torch.device("cpu"))
-        full = torch.cat([scaled, scaled[:1].expand(width - count, -1)])
-        high = full.to(dtype)
-        parts = [high, (full - high.double()).to(dtype)] if dtype.itemsize == 2 else [high]
-        return torch.cat(parts, 1).T.contiguous().to(device), pad(high[:count], (0, 0, 0, width - count)).to(device)
+        rest, parts = torch.cat([scaled, scaled[:1].expand(width - count, -1)]), []
+        for _ in range((3 if params.kernel == "relu" else 2) if dtype.itemsize == 2 else 1):
+            parts.append(rest.to(dtype))
+            rest = rest - parts[-1].double()
+        return torch.cat(parts, 1).T.contiguous().to(device), pad(parts[0][:count], (0, 0, 0, width - count)).to(device)
 
 
 class _Random(Kernel):
     """What both kernels share: R features, two beside them that hold eps, and zeros."""
 
-    norm, projects = NORM, True
+    norm, projects, wide_products = NORM, True, True
 
     def __init__(self, q: Tensor, params: PerformerParams) -> None:
         self.eps, self.count = params.relu_eps if params.kernel == "relu" else params.eps, params.count(q.shape[3])
@@ -67,7 +67,8 @@ class _Random(Kernel):
 
     def scores(self, x: Tensor) -> Tensor:
         """`w_r.x'` `[b, h, g, n, W]` in at least float32, beyond R the first again."""
-        left = x if self.forwards.shape[0] == x.shape[-1] else torch.cat([x, x], -1)
+        copies = self.forwards.shape[0] // x.shape[-1]
+        left = torch.cat([x] * copies, -1) if copies > 1 else x
         return wide_bmm(left.reshape(1, -1, left.shape[-1]), self.forwards.unsqueeze(0)).view(*x.shape[:-1], -1)
 
     def completed(self, phi: Tensor, part: Part, rest: Tensor | float) -> Tensor:
@@ -85,9 +86,10 @@ class _Random(Kernel):
         Beside its own, a feature has the gradient of the one that holds the sum of all.
         """
         column, factor = (self.count + 1, 1.0) if part.side == "key" else (self.count, self.eps)
-        du = grad.add_(factor * wide(grad[..., column : column + 1])).mul_(slope)
+        du = grad.add_(factor * grad[..., column : column + 1]).mul_(slope)
         du[..., self.count :] = 0
-        return wide_bmm(du.view(1, -1, self.width), self.backwards.unsqueeze(0)).view(*grad.shape[:-1], -1), du
+        flat = du.to(self.backwards.dtype).view(1, -1, self.width)
+        return wide_bmm(flat, self.backwards.unsqueeze(0)).view(*grad.shape[:-1], -1), du
 
 
 class Relu(_Random):
@@ -105,8 +107,6 @@ class Relu(_Random):
 
 class Favor(_Random):
     """`phi(x) = exp(w_r.x' - |x'|^2 / 2 - max) + eps`; a query's features are divided by the largest value they can have, which cancels."""
-
-    wide_reads = True
 
     def features(self, x: Tensor, part: Part) -> Tensor:
         """Exponentials, rounded once."""

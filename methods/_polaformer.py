@@ -53,7 +53,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, params: PolaformerParams, weights: 
 class Polarised(Kernel):
     """`phi(x) = [relu(y)^p, relu(-y)^p]` with `y = x / softplus(scale)`, `p = 1 + alpha sigmoid(power)`."""
 
-    norm, vanishes, wide_reads, reads = NORM, True, True, 2
+    norm, vanishes, wide_products, reads = NORM, True, True, 2
 
     def __init__(self, v: Tensor, params: PolaformerParams, weights: Mapping[str, Tensor]) -> None:
         self.weights = (weights["scale"], weights["power"])
@@ -74,7 +74,7 @@ class Polarised(Kernel):
 
     def backward(self, grad: Tensor, features: Tensor, x: Tensor, part: Part, out: Tensor) -> tuple[Tensor, Tensor]:
         """With `e = g+ x+ + g- x-`, of which one term is 0: `dx = p e / x`, `ds = -sum p e / s`, `dp = sum e log |y|`."""
-        (plus, minus), (positive, negative) = wide(grad).chunk(2, -1), features.chunk(2, -1)
+        (plus, minus), (positive, negative) = grad.chunk(2, -1), features.chunk(2, -1)
         change, wide_x = (plus * positive).addcmul_(minus, negative), wide(x)
         logs = (wide_x * self.inverse[part.heads]).abs_().clamp_(min=torch.finfo(wide_x.dtype).tiny).log_()
         grads = [torch.zeros_like(slope[:, 0, 0]) for slope in self.slopes]

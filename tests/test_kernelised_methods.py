@@ -352,6 +352,21 @@ def test_half_precision_passes_the_gate(name: str, setting: dict[str, object], c
     assert found.deterministic
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("n", [320, 5000])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("label", [*(f"{name}@chunked" for name in ("linear", *NAMES)), "linear@fla"])
+def test_half_precision_passes_the_gate_on_a_gpu(label: str, causal: bool, n: int) -> None:
+    method = attnbench.get(label)
+    shape = Shape(1, 8, n, 64, kv_heads=4 if method.limits.gqa else 0)
+    params, implementation = method.parse({"causal": causal}), method.implementation(method.pinned)
+    if reasons := method.reasons(implementation, shape, torch.bfloat16, "cuda", params, backward=True):
+        pytest.skip("; ".join(reasons))
+    found = gate(method, implementation, params, draw("randn", shape, 0, torch.bfloat16, "cuda"), backward=True)
+    assert found.passed, {key: (found.errors[key], found.bounds[key]) for key in found.errors if found.errors[key] > found.bounds[key]}
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2])
 def test_what_flash_linear_attention_is_asked_for_is_the_definition(monkeypatch: pytest.MonkeyPatch, kv_heads: int) -> None:
     """With a stand-in for its kernel, which adds up as it is documented to."""
