@@ -1,6 +1,6 @@
 """Window attention: the tokens of a grid, or of a sequence, attend inside windows that do not overlap.
 
-`o_i = sum_{j in W(i)} softmax_{j in W(i)}(q_i . k_j / sqrt(D) + b_{y(j) - y(i), x(j) - x(i)}) v_j`, W(i) the window of token i. Liu et al.
+`o_i = sum_{j in W(i)} softmax_{j in W(i)}(q_i . k_j / sqrt(D) + b_{y(i) - y(j), x(i) - x(j)}) v_j`, W(i) the window of token i. Liu et al.
 2021, "Swin Transformer", equation 4 and section 3.2, https://arxiv.org/abs/2103.14030. The learned relative position bias b, one value
 a head and offset, is off by default (`bias`). With `grid = line` windows are runs of a sequence; then there is a causal form too.
 
@@ -63,7 +63,7 @@ def pair_bias(table: Tensor, height: int, width: int) -> Tensor:
     """Bias `[H, W, W]` of each query and key of a window of height x width tokens, from `table: [H, 2a - 1, 2b - 1]`."""
     place = torch.arange(height * width, device=table.device)
     y, x = place // width, place % width
-    down, across = y - y[:, None] + table.shape[1] // 2, x - x[:, None] + table.shape[2] // 2
+    down, across = y[:, None] - y + table.shape[1] // 2, x[:, None] - x + table.shape[2] // 2
     return table[:, down, across]
 
 

@@ -92,7 +92,7 @@ def test_block_window_is_its_formula(grid: str, sides: tuple[int, int], tile: tu
         for h in range(4):
             for i in tokens:
                 read = [j for j in tokens if not causal or j <= i]
-                offset = [(j // sides[1] - i // sides[1], j % sides[1] - i % sides[1]) for j in read]
+                offset = [(i // sides[1] - j // sides[1], i % sides[1] - j % sides[1]) for j in read]
                 added = torch.stack([own["bias"][h, y + tile[0] - 1, x + tile[1] - 1] for y, x in offset]) if bias else 0.0
                 close(out[1, h, i], softmax_over(q[1, h, i], (k[1, h // 2], v[1, h // 2]), read, 8**-0.5, added))
 
