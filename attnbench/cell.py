@@ -7,6 +7,7 @@ import os
 import re
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,7 +59,10 @@ class Bound:
             gradient = torch.randn(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
             gradient = gradient.transpose(1, 2).contiguous() if swap else gradient
         own = {name: x.detach().clone().requires_grad_(backward) for name, x in weights.items()}
-        return cls(method.function(implementation), params, tuple(x.requires_grad_(backward) for x in leaves), own, gradient)
+        function: Callable[..., Tensor] = method.function(implementation)
+        if method.weights and not own:  # implementations take weights also where these parameters have none
+            function = partial(function, weights=own)
+        return cls(function, params, tuple(x.requires_grad_(backward) for x in leaves), own, gradient)
 
     def forward(self) -> Tensor:
         """The output; with a graph only where a backward pass is wanted."""

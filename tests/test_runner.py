@@ -12,8 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import attnbench
 from attnbench import registry, runner, store
+from attnbench.cell import CellRunner
+from attnbench.method import Shape
 from attnbench.record import Record, Status
 from attnbench.suite import Case, Entry, Protocol, Suite
 
@@ -97,6 +101,22 @@ def test_the_command_of_a_record_runs_its_cell_again(outcome: dict[tuple[str, in
     settings = read_settings([words[i + 1] for i, w in enumerate(words) if w == "--set"])
     again = suite("wrong@eager", n=(1,)).override(axes, ["wrong@eager"], settings).expand()
     assert [c.case_id for c in again] == [outcome["eager", 96].case.case_id]
+
+
+@pytest.mark.parametrize("name", [m for m in attnbench.methods() if attnbench.get(m).weights])
+def test_learned_parameters_reach_every_implementation_also_where_there_are_none(name: str) -> None:
+    method, shape = attnbench.get(name), Shape(1, 2, 64, 8)
+    params = method.params().fitted(shape)
+    values = tuple(sorted(params.as_dict().items()))
+    for implementation in method.all_implementations():
+        if method.reasons(implementation, shape, torch.float32, "cpu", params, backward=True):
+            continue
+        case = Case(
+            task="speed", method=name, implementation=implementation.name, params=values, heads=2, n=64, dim=8, mode="forward+backward"
+        )
+        record = CellRunner("cpu", QUICK).attempt(case)
+        assert record.status is Status.OK, record.reasons
+        assert record.learned == sum(x.numel() for x in method.initial(shape, params, torch.empty(0)).values())
 
 
 def test_resume_runs_only_what_is_left(tmp_path: Path) -> None:
