@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 NAME = "equal_width"
 FIXED = "fixed"
 """The budget of a method that reads what its shape gives it."""
+_NEAR = 0.15
+"""How far from the budget the units that a query reads may be without being told."""
 _SIZES = (2.6, 3.6, 4.6)
 
 
@@ -158,11 +160,19 @@ def _name(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]) ->
     annotate(axes, names, spots)
 
 
+def _off(drawn: pd.DataFrame) -> str:
+    """Widths that a method could not bring near the budget, as counted."""
+    points = [p for p in drawn[drawn["budget"] != FIXED].to_dict("records") if abs(p["width"] - p["budget"]) > _NEAR * p["budget"]]
+    found = dict.fromkeys(f"{p['series']} {p['width']:.0f} for {p['budget']} at N={length(p['n'])}" for p in points)
+    return f"Further than {_NEAR:.0%} from the budget: {', '.join(found)}." if found else ""
+
+
 def _caption(drawn: pd.DataFrame, table: pd.DataFrame) -> str:
     budgets = sorted(int(b) for b in drawn["budget"].unique() if b != FIXED)
     parts = [f"{series.describe(table)}, forward. Hidden units that a query reads: {', '.join(map(str, budgets))}, larger markers for more"]
     fixed = sorted(drawn.loc[(drawn["budget"] == FIXED) & ~drawn["exact"], "series"].unique())
     parts[0] += f"; fixed by the method: {', '.join(fixed)}." if fixed else "."
+    parts.append(_off(drawn))
     learned = sorted({str(p["series"]) for p in drawn.to_dict("records") if (m := series.method_of(str(p["method"]))) and m.weights})
     if learned:
         parts.append(f"Learned parameters as initialised, untrained: {', '.join(learned)}.")
