@@ -20,9 +20,9 @@ def load(results: Path) -> tuple[pd.DataFrame, list[str]]:
     """The table of all records below `results`, and notes about repaired files. Raises `UserError`.
 
     Columns: `suite`, `device`, `label` (`method@implementation` as asked), `method`, `implementation` (what ran), the fields of
-    the case, `params` (JSON), `budget` (tuple, as recorded), `status`, `reason`, `started`, `samples_s` (tuple), `time_s` (median), memory
-    in `*_bytes`, `flops`, `bytes`, one column a task metric, `breakdown` as recorded where it was asked for, and the environment's `gpu`,
-    `copy_bytes_per_s`, `matmul_flops_per_s` where measured.
+    the case, `params` (JSON), `budget` (tuple) and `learned` as recorded, `status`, `reason`, `started`, `samples_s` (tuple), `time_s`
+    (median), memory in `*_bytes`, `flops`, `bytes`, one column a task metric, `breakdown` as recorded where it was asked for, and the
+    environment's `gpu`, `copy_bytes_per_s`, `matmul_flops_per_s` where measured.
     """
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -61,6 +61,7 @@ def _row(record: Record, suite: str, environment: dict[str, Any]) -> dict[str, A
         "command": record.command,
         "commit": record.commit,
         "budget": record.budget,
+        "learned": record.learned,
         "operator": record.gate.operator if record.gate else "",
         "copy_bytes_per_s": ceilings.get("copy_bytes_per_s"),
         "matmul_flops_per_s": ceilings.get(f"matmul_{case['dtype']}_flops_per_s"),

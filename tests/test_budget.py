@@ -214,7 +214,7 @@ def table(tmp_path: Path) -> Any:
             continue
         off = 1.2 if (case.method, case.n, budget) == ("pvt", 1024, (64,)) else 1.0
         metrics = {"rel_error": 1e-3 if case.method == "softmax" else 1 / (i + 2), "width": off * (sum(budget) or case.n)}
-        records.append(synthetic.ok(case, 1e-4 * (i + 1), metrics=metrics, budget=budget))
+        records.append(synthetic.ok(case, 1e-4 * (i + 1), metrics=metrics, budget=budget, learned=5 * (case.method in ("dsa", "pvt"))))
     return frame.load(synthetic.write(tmp_path, "equal-width", records))[0]
 
 
@@ -257,7 +257,7 @@ def test_the_figure_draws_its_data_a_panel_a_length_and_profile(table: Any) -> N
     caption = figure.get_supxlabel().replace("\n", " ")
     assert "Hidden units that a query reads: 64, 256, larger markers for more; fixed by the method: " in caption
     assert "InLine, Linear, MHLA, PolaFormer, cosFormer." in caption
-    assert "as initialised, untrained:" in caption
+    assert "as initialised, untrained: DSA, PVT." in caption
     assert "MoBA: topk=2" in caption
     assert "Failed: 4 spark (oom)" in caption
     assert "Further than 15% from the budget: PVT 77 for 64 at N=1k." in caption

@@ -173,9 +173,10 @@ def _caption(drawn: pd.DataFrame, table: pd.DataFrame) -> str:
     fixed = sorted(drawn.loc[(drawn["budget"] == FIXED) & ~drawn["exact"], "series"].unique())
     parts[0] += f"; fixed by the method: {', '.join(fixed)}." if fixed else "."
     parts.append(_off(drawn))
-    learned = sorted({str(p["series"]) for p in drawn.to_dict("records") if (m := series.method_of(str(p["method"]))) and m.weights})
+    learned = {str(row["method"]) for row in table.to_dict("records") if row.get("learned")}
     if learned:
-        parts.append(f"Learned parameters as initialised, untrained: {', '.join(learned)}.")
+        titles = sorted(drawn.loc[drawn["method"].isin(learned), "series"].unique())
+        parts.append(f"Learned parameters as initialised, untrained: {', '.join(titles)}.")
     if drawn["exact"].any():
         parts.append(f"Dashed: the fastest exact method ({', '.join(sorted(drawn.loc[drawn['exact'], 'series'].unique()))}).")
     measured = table[table["status"] == "ok"]
