@@ -133,7 +133,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_list_filters_and_says_what_runs_here() -> None:
     found = answer("list", "s*", "--json", "--device", "cpu")
-    assert [m["name"] for m in found["methods"]] == ["sliding_window", "softmax"]
+    assert [m["name"] for m in found["methods"]] == ["sliding_window", "softmax", "spark"]
     state = {i["name"]: i for i in found["methods"][1]["implementations"]}
     assert state["eager"]["available"]
     assert state["cudnn"] == {**state["cudnn"], "available": False, "reasons": ["runs on cuda only"]}
@@ -185,10 +185,12 @@ def test_the_taxonomy_filters_by_any_dimension() -> None:
     def names(*words: str) -> set[str]:
         return {r["name"] for r in answer("taxonomy", "--format", "json", *words)}
 
-    assert names("--scaling", "routing") == {"moba", "topk", "sliding_window"}
-    assert names("--scaling", "routing", "--construction", "locality prior") == {"moba", "sliding_window"}
-    assert names("--expert", "linear") == {"linear"}
-    assert names("--count", "N/n") == {"moba"}
+    per_query, blocks = {"topk", "spark", "dsa", "sliding_window", "deformable"}, {"moba", "bra", "block_window"}
+    assert names("--scaling", "routing") == per_query | blocks | {"dat"}
+    assert names("--scaling", "routing", "--construction", "locality prior") == blocks | {"sliding_window"}
+    assert names("--scaling", "both") == {"mita", "nsa"}
+    assert names("--expert", "module") == {"ttt", "vit3"}
+    assert names("--count", "N/n") == blocks | {"nsa"}
     assert names("--topology", "N-to-m") == {"mita"}
 
 
@@ -302,7 +304,8 @@ def test_plot_prints_the_paths_of_what_it_drew(tmp_path: Path) -> None:
 def test_completion_knows_methods_and_suites() -> None:
     from attnbench.cli._options import complete_method, complete_suite
 
-    assert complete_method("m") == ["mita", "moba"]
+    assert complete_method("mo") == ["moba"]
+    assert complete_method("m") == ["mhla", "mita", "moba"]
     assert complete_suite("s") == ["speed"]
 
 
