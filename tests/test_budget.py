@@ -203,6 +203,12 @@ def test_plan_shows_budgets_and_what_is_fixed() -> None:
     assert "fixed" not in call("plan", "quick", "--axis", "n=128", "--method", "topk", "--method", "linear").stdout
 
 
+def test_show_says_what_sets_the_width() -> None:
+    assert answer("show", "mita", "--json")["budget"] == ["landmarks", "topk"]
+    assert "what a query reads is set by landmarks, topk (--budget)" in call("show", "mita").stdout
+    assert "what a query reads is fixed" in call("show", "softmax").stdout
+
+
 @pytest.fixture
 def table(tmp_path: Path) -> Any:
     """Made-up records of the built-in suite at two lengths, one of which ran out of memory."""

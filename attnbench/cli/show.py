@@ -48,6 +48,7 @@ def _facts(method: "Method", shape: "Shape", settings: list[str], device: str | 
         "citation": vars(method.citation),
         "exact": method.exact,
         "parameters": parameters(method.params),
+        "budget": sorted(method.budget(shape, method.params(), 1)) if method.budget else [],
         "implementations": implementations(method, pick_device(device)),
         "limits": limits(method.limits),
         "cost": _cost(method, shape, settings),
@@ -81,6 +82,7 @@ def _print(facts: dict[str, Any]) -> None:
     print(", ".join(str(part) for part in (source["authors"], source["year"], source["title"], source["venue"], source["url"]) if part))
     emit_table([facts["coordinates"]])
     emit_table(facts["parameters"], "parameters")
+    print(f"what a query reads is set by {', '.join(facts['budget'])} (--budget)" if facts["budget"] else "what a query reads is fixed")
     emit_table(
         [{k: "; ".join(v) if isinstance(v, list) else v for k, v in row.items()} for row in facts["implementations"]], "implementations"
     )

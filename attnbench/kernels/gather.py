@@ -11,18 +11,14 @@ each way, `8 N K (D + Dv)` bytes of atomic additions, indices once. Kept beside 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .topk import load_rows
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+from .topk import load_rows, on_device, unit_rows
 
 __all__ = ["gather_attention", "supported"]
 
@@ -138,15 +134,6 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: floa
     return out
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`x` itself where its innermost stride is 1, else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _sizes(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> dict[str, Any]:
     """Constants of both kernels; tiles of 64 keys of 64 channels, and fewer where there are fewer or wider ones."""
     d, dv = q.shape[3], v.shape[3]
@@ -161,10 +148,10 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> dict[str, Any]:
 @torch.library.custom_op("attnbench::gather_forward", mutates_args=())
 def gather_forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The output, and the base-2 log-sum-exp `[B, H, N]` (inf where a list is empty)."""
-    q, k, v, index = _rows(q), _rows(k), _rows(v), index.contiguous()
+    q, k, v, index = unit_rows(q), unit_rows(k), unit_rows(v), index.contiguous()
     b, h, n, _ = q.shape
     out, lse = q.new_empty(b, h, n, v.shape[3]), torch.empty(b, h, n, dtype=torch.float32, device=q.device)
-    with _on(q):
+    with on_device(q):
         gather_attend_kernel[(b * h * n,)](
             q, k, v, index, out, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], h, n, index.shape[3], scale,
             **_sizes(q, k, v, index),
@@ -182,11 +169,11 @@ def gather_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    q, k, v, index = _rows(q), _rows(k), _rows(v), index.contiguous()
+    q, k, v, index = unit_rows(q), unit_rows(k), unit_rows(v), index.contiguous()
     b, h, n, d = q.shape
     dq = q.new_empty(b, h, n, d)
     dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
-    with _on(q):
+    with on_device(q):
         gather_gradient_kernel[(b * h * n,)](
             q, k, v, index, out, lse, grad.contiguous(), dq, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
             h, n, k.shape[2], index.shape[3], scale, **_sizes(q, k, v, index),

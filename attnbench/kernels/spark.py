@@ -13,18 +13,14 @@ exponentials and a logarithm a pair each time. Bytes: inputs, output and gradien
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .topk import load_rows
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+from .topk import load_rows, on_device, unit_rows
 
 __all__ = ["spark_attention", "spark_statistics", "supported"]
 
@@ -264,15 +260,6 @@ def spark_attention(
     return out
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`x` itself where its innermost stride is 1, else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _width(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
@@ -291,11 +278,11 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, predictor: int, *, causal: bool,
 @torch.library.custom_op("attnbench::spark_statistics", mutates_args=())
 def spark_statistics(q: Tensor, k: Tensor, predictor: int) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations, `[B, H, N]` in float32, of the predicted scores that causal queries see."""
-    q, k = _rows(q), _rows(k)
+    q, k = unit_rows(q), unit_rows(k)
     b, h, n, _ = q.shape
     mean, squares = (torch.empty(b, h, n, dtype=torch.float32, device=q.device) for _ in range(2))
     fp32, tiles = q.dtype == torch.float32, -(-n // 64)
-    with _on(q):
+    with on_device(q):
         spark_statistics_kernel[(b * h * tiles,)](
             q, k, mean, squares, *q.stride()[:3], *k.stride()[:3], h, n, k.shape[2], tiles, G=h // k.shape[1], R=predictor,
             BR=_width(predictor), BQ=64, BN=64, PREC="tf32x3" if fp32 else "tf32", num_warps=4,
@@ -313,13 +300,13 @@ def spark_forward(
     q: Tensor, k: Tensor, v: Tensor, limit: Tensor, predictor: int, scale: float, scale_s: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The output, the base-2 log-sum-exp and the threshold used, `[B, H, N]` each."""
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     b, h, n, _ = q.shape
     out = q.new_empty(b, h, n, v.shape[3])
     lse, used = (torch.empty(b, h, n, dtype=torch.float32, device=q.device) for _ in range(2))
     constants = _constants(q, k, v, predictor, causal=causal, backward=False)
     tiles = -(-n // constants["BQ"])
-    with _on(q):
+    with on_device(q):
         spark_attend_kernel[(b * h * tiles,)](
             q, k, v, limit.float().contiguous(), out, lse, used, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], h, n, k.shape[2],
             tiles, scale, scale_s, **constants,
@@ -341,13 +328,13 @@ def spark_backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
-    q, k, v, grad = _rows(q), _rows(k), _rows(v), grad.contiguous()
+    q, k, v, grad = unit_rows(q), unit_rows(k), unit_rows(v), grad.contiguous()
     (b, h, n, _), m = q.shape, k.shape[2]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     delta = (grad.float() * out.float()).sum(-1)
     constants = _constants(q, k, v, predictor, causal=causal, backward=True)
     shared = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], h, n, m)
-    with _on(q):
+    with on_device(q):
         tiles = -(-n // constants["BQ"])
         spark_query_gradient_kernel[(b * h * tiles,)](
             q, k, v, grad, lse, used, delta, dq, *shared, tiles, scale, scale_s, **constants

@@ -226,7 +226,7 @@ def select_topk(q: Tensor, k: Tensor, topk: int, *, causal: bool = False) -> Ten
     `q: [B, H, N, D]`, `k: [B, Hkv, M, D]`, `K = min(topk, M)`. Raises ValueError where the call is not supported.
     """
     _check(q, k, topk)
-    return topk_select(_rows(q), q.new_empty(0), _rows(k), topk, 0, causal)
+    return topk_select(unit_rows(q.detach()), q.new_empty(0), unit_rows(k.detach()), topk, 0, causal)
 
 
 def select_indexed(q: Tensor, gate: Tensor, k: Tensor, topk: int, *, causal: bool = False) -> Tensor:
@@ -235,7 +235,7 @@ def select_indexed(q: Tensor, gate: Tensor, k: Tensor, topk: int, *, causal: boo
     `q: [B, J, N, D]` and `gate: [B, J, N]` of the J heads of an indexer, `k: [B, 1, M, D]`.
     """
     _check(q, k, topk)
-    return topk_select(_rows(q), gate.float().contiguous(), _rows(k), topk, q.shape[1], causal)
+    return topk_select(unit_rows(q.detach()), gate.detach().float().contiguous(), unit_rows(k.detach()), topk, q.shape[1], causal)
 
 
 def _check(q: Tensor, k: Tensor, topk: int) -> None:
@@ -246,13 +246,13 @@ def _check(q: Tensor, k: Tensor, topk: int) -> None:
         raise ValueError("; ".join(reasons))
 
 
-def _rows(x: Tensor) -> Tensor:
+def unit_rows(x: Tensor) -> Tensor:
     """`x` itself where its innermost stride is 1, else a contiguous copy."""
-    x = x.detach()
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Makes the device of `x` current."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -274,7 +274,7 @@ def topk_select(q: Tensor, gate: Tensor, k: Tensor, topk: int, indexer: int, cau
     tiles, common = rows // tile, {"G": groups, "J": indexer, "D": d, "BD": width, "C": chunk, "BN": block, "CAUSAL": causal}
     splits = min(blocks, max(1, 4 * _processors(q.device) // (b * heads * tiles)))
     widest = max(_power(blocks), kept * (block // chunk), kept * chunk)
-    with _on(q):
+    with on_device(q):
         for first in range(0, n, rows):
             topk_score_kernel[(b * heads * tiles * splits,)](
                 q, gate, k, chunk_top, block_top, *stride_q, *k.stride()[:3], heads, n, m, first, rows, tiles, splits, blocks,
