@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,7 @@ class Cosine(Kernel):
 
     def __init__(self, q: Tensor, k: Tensor) -> None:
         self.width, length = 2 * q.shape[3], max(q.shape[2], k.shape[2])
+        self.step = math.pi / (2 * length)
         angle = angles(torch.arange(length, device=q.device), length)
         self.sin, self.cos = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (angle.sin(), angle.cos()))
 

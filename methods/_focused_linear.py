@@ -20,16 +20,24 @@ from ._local import convolved, placed
 from .focused_linear import LEAST, NORM, FocusedLinearParams, feature
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 
-def chunked(q: Tensor, k: Tensor, v: Tensor, params: FocusedLinearParams, *, weights: Mapping[str, Tensor]) -> Tensor:
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: FocusedLinearParams,
+    *,
+    weights: Mapping[str, Tensor],
+    kernel: Callable[[Tensor, float], Kernel] | None = None,
+) -> Tensor:
     """`q: [B, H, N, D]` -> `[B, H, N, Dv]`. Memory beside inputs and output: features of some tokens."""
     k, scale = placed(k, weights), weights["scale"]
     if params.causal:
         phi = partial(feature, scale=scale, power=params.power)
         return causal(q, k, v, Features.plain(q.shape[3], lambda x, _at: phi(x), lambda x, _at: phi(x)), NORM)
-    out = bidirectional(q, k, v, Focused(scale, params.power))
+    out = bidirectional(q, k, v, (kernel or Focused)(scale, params.power))
     if not params.conv:
         return out
     with stage("project"):

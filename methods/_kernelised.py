@@ -7,7 +7,7 @@ float32. Causal, the sums run over j <= i.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnbench.eager import causal_mask, expand_heads
 from attnbench.fastweights import Bank
-from attnbench.method import Cost, Params, Shape
+from attnbench.method import Cost, Implementation, Limits, Params, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -86,6 +86,19 @@ def cost(shape: Shape, features: int, *, reads: int = 1, project: Mapping[str, i
     state = shape.batch * shape.kv_heads * features * (shape.dim_v + 1)
     both = {"state": keys * (shape.dim + shape.dim_v) + state, "read": queries * (shape.dim + shape.dim_v) + state}
     return Cost.of(shape, flops, extra=state + learned, recomputes=False, traffic=both)
+
+
+def fused(name: str, limits: Limits) -> Implementation:
+    """`triton` of the method `name`: as its chunked implementation, with feature maps in kernels."""
+    return Implementation(
+        "triton",
+        f"attnbench.methods._fused_features:{name}",
+        replace(
+            limits, devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), no_causal="features of prefix sums are those of `chunked`"
+        ),
+        requires=("triton",),
+        note="features in one pass each, made anew in the backward pass",
+    )
 
 
 def causal_cross(shape: Shape, params: Params, _dtype: torch.dtype, _device: str) -> list[str]:

@@ -40,8 +40,9 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: PerformerParams) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _prepared(params: PerformerParams, dim: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Directions over D^1/4 in the inputs' dtype: `[2 D, W]`, their parts, which copies of inputs multiply; `[W, D]`, which gradients do.
+def _prepared(params: PerformerParams, dim: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Directions over D^1/4 in the inputs' dtype: their parts `[P, W, D]`, the largest first; the same as `[P D, W]`, which copies of
+    inputs multiply; the first part `[W, D]`, which gradients multiply.
 
     Beyond R the former repeat the first direction, so that a maximum is the same over all W; the latter are zero there.
     """
@@ -52,7 +53,8 @@ def _prepared(params: PerformerParams, dim: int, width: int, dtype: torch.dtype,
         for _ in range((3 if params.kernel == "relu" else 2) if dtype.itemsize == 2 else 1):
             parts.append(rest.to(dtype))
             rest = rest - parts[-1].double()
-        return torch.cat(parts, 1).T.contiguous().to(device), pad(parts[0][:count], (0, 0, 0, width - count)).to(device)
+        forwards, backwards = torch.cat(parts, 1).T.contiguous(), pad(parts[0][:count], (0, 0, 0, width - count))
+        return torch.stack(parts).to(device), forwards.to(device), backwards.to(device)
 
 
 class _Random(Kernel):
@@ -63,7 +65,7 @@ class _Random(Kernel):
     def __init__(self, q: Tensor, params: PerformerParams) -> None:
         self.eps, self.count = params.relu_eps if params.kernel == "relu" else params.eps, params.count(q.shape[3])
         self.width = -(-(self.count + 2) // 8) * 8
-        self.forwards, self.backwards = _prepared(params, q.shape[3], self.width, q.dtype, q.device)
+        self.rows, self.forwards, self.backwards = _prepared(params, q.shape[3], self.width, q.dtype, q.device)
 
     def scores(self, x: Tensor) -> Tensor:
         """`w_r.x'` `[b, h, g, n, W]` in at least float32, beyond R the first again."""

@@ -21,15 +21,24 @@ from ._local import placed
 from .polaformer import NORM, PolaformerParams, exponent, feature, finished, halves, opposite
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
 
-def chunked(q: Tensor, k: Tensor, v: Tensor, params: PolaformerParams, *, weights: Mapping[str, Tensor]) -> Tensor:
+def chunked(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    params: PolaformerParams,
+    *,
+    weights: Mapping[str, Tensor],
+    kernel: Callable[[Tensor, PolaformerParams, Mapping[str, Tensor]], Kernel] | None = None,
+) -> Tensor:
     """`q: [B, H, N, D]` -> `[B, H, N, Dv]`. Memory beside inputs and output: features of some heads, 2 D elements a token."""
     keys = placed(k, weights)
-    out = _causal(q, keys, v, params, weights) if params.causal else bidirectional(q, keys, v, Polarised(v, params, weights))
+    made = (kernel or Polarised)(v, params, weights)
+    out = _causal(q, keys, v, params, weights) if params.causal else bidirectional(q, keys, v, made)
     if not (params.conv or params.gate):
         return out
     with stage("project"):

@@ -22,7 +22,7 @@ from attnbench.method import Citation, Cost, Implementation, Limits, Method, Par
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised
-from ._kernelised import Normaliser, causal_cross
+from ._kernelised import Normaliser, causal_cross, fused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,5 +87,6 @@ METHOD = Method(
             Limits(cross=True, extra=causal_cross),
             note="features made anew in the backward pass; causal by prefix states of chunks",
         ),
+        fused("cosformer", Limits(cross=True, max_dim=256)),
     ),
 )

@@ -22,11 +22,11 @@ from torch.nn.functional import softplus
 
 from attnbench.eager import positions, take, wide
 from attnbench.fastweights import FastWeights
-from attnbench.method import Citation, Cost, Implementation, Limits, Method, Shape, given, param
+from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, given, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised, _local
-from ._kernelised import Normaliser, causal_cross
+from ._kernelised import Normaliser, causal_cross, fused
 from ._local import LocalParams, convolved, placed
 
 if TYPE_CHECKING:
@@ -98,6 +98,11 @@ def cost(shape: Shape, params: FocusedLinearParams) -> Cost:
     return _kernelised.cost(shape, shape.dim, project=project, learned=shape.heads * shape.dim + _local.owned(shape, params))
 
 
+def _wide_tokens(shape: Shape, _params: Params, _dtype: torch.dtype, _device: str) -> list[str]:
+    channels = shape.heads * shape.dim
+    return [f"takes up to 8192 channels of all heads, not {channels}"] if channels > 8192 else []
+
+
 METHOD = Method(
     name="focused_linear",
     title="Focused linear",
@@ -121,6 +126,7 @@ METHOD = Method(
             Limits(gqa=False, cross=True, extra=causal_cross),
             note="features made anew in the backward pass; causal by prefix states of chunks",
         ),
+        fused("focused_linear", Limits(gqa=False, cross=True, extra=_wide_tokens)),
     ),
     weights=draw,
     couples_heads=True,

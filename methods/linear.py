@@ -18,7 +18,7 @@ from attnbench.method import Citation, Cost, Implementation, Limits, Method, Par
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised
-from ._kernelised import Normaliser, causal_cross
+from ._kernelised import Normaliser, causal_cross, fused
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,7 @@ METHOD = Method(
             Limits(cross=True, extra=causal_cross),
             note="segments of tokens; causal by prefix states of chunks",
         ),
+        fused("linear", Limits(cross=True, max_dim=256)),
         Implementation(
             "fla",
             "attnbench.methods._linear_fla:attention",

@@ -28,7 +28,7 @@ from attnbench.method import Citation, Cost, Implementation, Limits, Method, Par
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised
-from ._kernelised import Normaliser, causal_cross
+from ._kernelised import Normaliser, causal_cross, fused
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -185,6 +185,7 @@ METHOD = Method(
             Limits(cross=True, extra=_chunked_reasons),
             note="features made anew in the backward pass; causal by prefix states of chunks",
         ),
+        fused("performer", Limits(cross=True, max_dim=128, extra=_chunked_reasons)),
     ),
     surrogate="the maxima that keep exponentials small are taken for constants",
 )

@@ -28,7 +28,7 @@ from attnbench.method import Citation, Cost, Implementation, Limits, Method, Par
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised, _local
-from ._kernelised import Normaliser, causal_cross
+from ._kernelised import Normaliser, causal_cross, fused
 from ._local import LocalParams, convolved, placed
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ METHOD = Method(
             Limits(gqa=False, cross=True, extra=_chunked_reasons),
             note="features made anew in the backward pass; causal by prefix states of chunks",
         ),
+        fused("polaformer", Limits(gqa=False, cross=True, max_dim=256, extra=_chunked_reasons)),
     ),
     weights=draw,
 )

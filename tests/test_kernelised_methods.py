@@ -356,7 +356,7 @@ def test_half_precision_passes_the_gate(name: str, setting: dict[str, object], c
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("n", [320, 5000])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("label", [*(f"{name}@chunked" for name in ("linear", *NAMES)), "linear@fla"])
+@pytest.mark.parametrize("label", [*(f"{name}@{how}" for name in ("linear", *NAMES) for how in ("chunked", "triton")), "linear@fla"])
 def test_half_precision_passes_the_gate_on_a_gpu(label: str, causal: bool, n: int) -> None:
     method = attnbench.get(label)
     shape = Shape(1, 8, n, 64, kv_heads=4 if method.limits.gqa else 0)
@@ -392,6 +392,17 @@ def test_what_flash_linear_attention_is_asked_for_is_the_definition(monkeypatch:
     close(got, want)
     for a, b in zip(*(torch.autograd.grad(x.square().sum(), qkv) for x in (got, want)), strict=True):
         close(a, b)
+
+
+@pytest.mark.parametrize("name", ["linear", *NAMES])
+def test_triton_is_asked_for_by_name_until_it_is_the_best(name: str) -> None:
+    """The first that is supported is chosen; prefix sums have one implementation."""
+    method, shape = attnbench.get(name), Shape(1, 2, 64, 64)
+    pinned, own = method.implementation("triton"), method.params()
+    assert method.choose(shape, torch.bfloat16, "cuda", own)[0] == method.implementation("chunked")
+    reasons = method.reasons(pinned, shape, torch.bfloat16, "cuda", method.parse({"causal": True}))
+    assert "no causal form: features of prefix sums are those of `chunked`" in reasons
+    assert "runs on cuda only, not on cpu" in method.reasons(pinned, shape, torch.bfloat16, "cpu", own)
 
 
 def test_flash_linear_attention_says_what_it_cannot_do() -> None:
