@@ -178,6 +178,20 @@ def test_attention_to_lists_and_its_gradients(case):
         assert not found[0][0][:, :, 2].any()
 
 
+def test_offsets_beyond_32_bits():
+    rows, stride = (1 << 19) + 1, 1 << 12
+    try:
+        base = torch.empty((rows - 1) * stride + 32, dtype=torch.float16, device=DEVICE)  # on a CPU, pages that nobody writes cost nothing
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    k, last = base.as_strided((1, 1, rows, 32), (0, 0, stride, 1)), torch.tensor([0, rows - 1], device=DEVICE)
+    k[0, 0, last], q = make((2, 32), (1, 1, 1, 32), dtype=torch.float16)
+    near = k[:, :, last].double()
+    want = (q.double() @ near.mT * 32**-0.5).softmax(-1) @ near
+    got = gather_attention(q, k, k, last.to(torch.int32).view(1, 1, 1, 2))
+    assert float((got.double() - want).norm()) < 1e-3 * float(want.norm())
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize(("name", "setting"), [("topk", {"topk": 6}), ("dsa", {"topk": 6, "index_heads": 2, "index_dim": 16}),
                                                ("dsa", {"topk": 6, "index_heads": 3, "index_dim": 5})])  # fmt: skip
