@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,22 +31,27 @@ class Cosine(Kernel):
     norm, vanishes, wide_products = NORM, True, True
 
     def __init__(self, q: Tensor, k: Tensor) -> None:
-        self.width, length = 2 * q.shape[3], max(q.shape[2], k.shape[2])
-        self.step = math.pi / (2 * length)
-        angle = angles(torch.arange(length, device=q.device), length)
-        self.sin, self.cos = (x.to(torch.promote_types(q.dtype, torch.float32)) for x in (angle.sin(), angle.cos()))
+        self.width, self.length, self.device = 2 * q.shape[3], max(q.shape[2], k.shape[2]), q.device
+        self.dtype = torch.promote_types(q.dtype, torch.float32)
+        self.step = math.pi / (2 * self.length)
+
+    @cached_property
+    def turns(self) -> tuple[Tensor, Tensor]:
+        """Sine and cosine of every token's angle, `[M, 1]`."""
+        angle = angles(torch.arange(self.length, device=self.device), self.length)
+        return angle.sin().to(self.dtype), angle.cos().to(self.dtype)
 
     def features(self, x: Tensor, part: Part) -> Tensor:
         """Products in float32, rounded once."""
         phi, positive = x.new_empty(*x.shape[:-1], self.width), x.clamp(min=0)
-        sines, cosines = phi.chunk(2, -1)
-        torch.mul(positive, self.sin[part.tokens], out=sines)
-        torch.mul(positive, self.cos[part.tokens], out=cosines)
+        for half, turn in zip(phi.chunk(2, -1), self.turns, strict=True):
+            torch.mul(positive, turn[part.tokens], out=half)
         return phi
 
     def backward(self, grad: Tensor, _features: Tensor, x: Tensor, part: Part, out: Tensor) -> tuple[()]:
         """The sum of both halves, where x is above 0."""
         sines, cosines = grad.chunk(2, -1)
-        total = (sines * (part.share * self.sin[part.tokens])).addcmul_(cosines, part.share * self.cos[part.tokens])
+        sin, cos = (part.share * turn[part.tokens] for turn in self.turns)
+        total = (sines * sin).addcmul_(cosines, cos)
         torch.mul(total, x > 0, out=out)
         return ()
