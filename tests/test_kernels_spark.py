@@ -1,6 +1,9 @@
 """The fused Spark kernels: in Triton's interpreter where there is no GPU, else on the GPU, against the definition in float64."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,6 +147,20 @@ def test_the_operators_are_well_formed_and_compile():
     torch.testing.assert_close(out, want)
     for a, b in zip(torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(want.sum(), (q, k, v)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_these_kernels_and_those_that_select_compile_for_an_h100(tmp_path):
+    env = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("triton_compile_skim.py")
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shared = [line.split() for line in done.stdout.splitlines()]
+    assert {name for name, _ in shared} == {
+        *("topk_score_kernel", "topk_select_kernel", "gather_attend_kernel", "gather_gradient_kernel"),
+        *("spark_statistics_kernel", "spark_attend_kernel", "spark_query_gradient_kernel", "spark_key_gradient_kernel"),
+    }
+    assert all(int(size) <= 227 << 10 for _, size in shared), "more shared memory than a multiprocessor has"
 
 
 def test_unsupported_calls_say_why():
