@@ -90,7 +90,7 @@ def powers_kernel(x, inverse, power, out, stride_x, stride_n, N, D: tl.constexpr
     b_x, o_d, mask = tile(x, stride_x, stride_n, i_x, o_n, N, D, BD)
     b_s = tl.load(inverse + i_x * D + o_d, mask=o_d < D, other=1.0)[None, :]
     b_p = tl.load(power + i_x * D + o_d, mask=o_d < D, other=1.0)[None, :]
-    b_t = tl.exp2(b_p * tl.log2(tl.abs(b_x) * b_s))
+    b_t = tl.exp2(b_p * tl.log2(tl.where(b_x == 0, 1.0, tl.abs(b_x) * b_s)))
     p_out = out + (i_x.to(tl.int64) * N + o_n)[:, None] * (2 * D) + o_d[None, :]
     tl.store(p_out, tl.where(b_x > 0, b_t, 0.0).to(out.dtype.element_ty), mask=mask)
     tl.store(p_out + D, tl.where(b_x < 0, b_t, 0.0).to(out.dtype.element_ty), mask=mask)
