@@ -31,26 +31,26 @@ _COPIES = 4
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, params: NsaParams, weights: Mapping[str, Tensor]) -> Tensor:
     """`q: [B, H, N, D]` -> `[B, H, N, Dv]`. Memory beside inputs and three outputs: the chosen blocks, one chunk of scores."""
-    first, chosen = _compressed_branch(q, k, v, params, weights)
+    with stage("pool" if params.phi == "mean" else "project"):
+        keys, values = compressed(k, v, params, weights)
+    first, chosen = _Compressed.apply(q, keys, values, _Task(k.shape[2], params))  # type: ignore[no-untyped-call]
     return combined(q, weights["gate"], (first, _selected(q, k, v, chosen, params), window(q, k, v, params)))
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor, params: NsaParams, weights: Mapping[str, Tensor]) -> Tensor:
-    """The same with the selected branch by `attnbench.kernels.blocks`."""
+    """The same by `attnbench.kernels.compress`, which chooses too, and `attnbench.kernels.blocks`. Nothing is read back."""
     from attnbench.kernels.blocks import attend_blocks
+    from attnbench.kernels.compress import Selection, attend_compressed
 
-    first, chosen = _compressed_branch(q, k, v, params, weights)
+    p = params
+    with stage("pool" if p.phi == "mean" else "project"):
+        keys, values = compressed(k, v, p, weights)
+    with stage("attend"):
+        selection = Selection(k.shape[2], p.compress, p.stride, p.block, p.topk, p.first, p.local, p.causal)
+        first, chosen = attend_compressed(q, keys, values, selection)
     with stage("permute"):
         second = attend_blocks(q, k, v, chosen, params.block, causal=params.causal)
     return combined(q, weights["gate"], (first, second, window(q, k, v, params)))
-
-
-def _compressed_branch(q: Tensor, k: Tensor, v: Tensor, params: NsaParams, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The compressed branch, and the selection blocks `[B, Hkv, N, S]` that it chooses."""
-    with stage("pool" if params.phi == "mean" else "project"):
-        keys, values = compressed(k, v, params, weights)
-    out, chosen = _Compressed.apply(q, keys, values, _Task(k.shape[2], params))  # type: ignore[no-untyped-call]
-    return out, chosen
 
 
 def combined(q: Tensor, gate: Tensor, branches: tuple[Tensor, Tensor, Tensor]) -> Tensor:

@@ -129,7 +129,7 @@ def _pairs(shape: Shape, params: Params) -> int:
     return shape.batch * len(params.areas(shape.n)) * a * b
 
 
-def _refused(params: Params) -> list[str]:
+def _refused(_shape: Shape, params: Params) -> list[str]:
     assert isinstance(params, BlockWindowParams)
     return ["the fused kernels add no biases"] if params.bias else []
 

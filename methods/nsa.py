@@ -42,6 +42,8 @@ from .sliding_window import SlidingWindowParams
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_MOST_BLOCKS = 16384  # that a kernel chooses from at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class NsaParams(Params):
@@ -176,6 +178,12 @@ def _pairs(shape: Shape, params: Params) -> int:
     return shape.batch * shape.kv_heads * shape.n * min(params.topk, -(-shape.keys // params.block))
 
 
+def _refused(shape: Shape, params: Params) -> list[str]:
+    assert isinstance(params, NsaParams)
+    blocks = -(-shape.keys // params.block)
+    return [f"{blocks} selection blocks exceed the {_MOST_BLOCKS} of the kernels"] if blocks > _MOST_BLOCKS else []
+
+
 METHOD = Method(
     name="nsa",
     title="NSA",
@@ -196,7 +204,8 @@ METHOD = Method(
         implementation(
             "attnbench.methods._nsa:fused",
             _pairs,
-            "compressed scores in chunks of queries, selected blocks in fused kernels, windows by flash",
+            "compressed and selected branch and the choice in fused kernels, windows by flash attention",
+            _refused,
         ),
         Implementation(
             "varlen",

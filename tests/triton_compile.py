@@ -1,4 +1,4 @@
-"""Compiles the kernels of routed blocks for an H100, which needs no GPU: the interpreter accepts more than the compiler does.
+"""Compiles the kernels of routed blocks and of compressed keys for an H100, which needs no GPU: the interpreter accepts more than that.
 
 Run as a script, with TRITON_INTERPRET unset; prints a line a kernel: name, bytes of shared memory.
 """
@@ -9,12 +9,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from attnbench.kernels import compress
 from attnbench.kernels.blocks import _keys, _pairs, _regions
 from attnbench.kernels.blocks._plan import plan, region_tile
 
 POINTERS = {
     **dict.fromkeys(("q", "k", "v", "grad", "out", "low", "dq", "dx"), "bf16"),
-    **dict.fromkeys(("part", "part_lse", "lse", "delta", "part_k", "part_v"), "fp32"),
+    **dict.fromkeys(("part", "part_lse", "lse", "delta", "part_k", "part_v", "score"), "fp32"),
     **dict.fromkeys(("order", "items", "members", "chosen", "routes", "start"), "i32"),
 }
 
@@ -36,7 +37,7 @@ def compiled(kernel: Any, constants: dict[str, Any], warps: int) -> Any:
 
 
 def main() -> None:
-    """MoBA's blocks of 512 keys at D = 64, regions of 49 tokens at D = 128."""
+    """MoBA's blocks of 512 keys at D = 64, regions of 49 tokens at D = 128, NSA's compressed keys in groups of 4 heads."""
     for width, slots, dim, regions, causal in ((512, 3, 64, False, True), (49, 4, 128, True, False)):
         p = plan(65536 * slots, 65536 // width, width, dim, dim, False)
         common = {"G": 1, "S": slots, "W": width, "D": dim, "DV": dim, "BK": p.block, "BD": p.dim, "BDV": p.dim_v, "PREC": p.prec,
@@ -48,6 +49,13 @@ def main() -> None:
         jobs += [(_keys.key_gradient_kernel, p.grad_tile, p.grad_warps), (_keys.key_sum_kernel, 0, 4), (_keys.delta_kernel, 0, 4)]
         for kernel, rows, warps in jobs:
             print(kernel.__name__, compiled(kernel, {**common, "T": rows}, warps).metadata.shared)
+    sizes = {"G": 4, "D": 64, "DV": 64, "BK": 64, "BD": 64, "BDV": 64, "PREC": "tf32", "STRIDE": 16, "LENGTH": 32, "BLOCK": 64,
+             "CAUSAL": True, "LOW": True, "K": 16, "KP": 16}  # fmt: skip
+    for kernel, rows, blocks, warps in (
+        (compress.compressed_attend_kernel, 128, 0, 8), (compress.importance_kernel, 64, 64, 4), (compress.block_select_kernel, 0, 4096, 4),
+        (compress.compressed_query_gradient_kernel, 64, 0, 4), (compress.compressed_key_gradient_kernel, 64, 0, 4),
+    ):  # fmt: skip
+        print(kernel.__name__, compiled(kernel, {**sizes, "T": rows, "BE": blocks}, warps).metadata.shared)
 
 
 if __name__ == "__main__":
