@@ -1,6 +1,9 @@
 """Feature maps in Triton: in its interpreter where there is no GPU, else on the GPU, against torch and against definitions in float64."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +102,18 @@ def test_half_precision_is_as_good_as_in_torch(name, setting, dtype):
     for a, b, x in zip(ours, theirs, exact, strict=True):
         errors = [float((y.double() - x).square().mean().sqrt() / x.square().mean().sqrt()) for y in (a, b)]
         assert errors[0] <= factor * errors[1] + torch.finfo(dtype).eps / 4, errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton's compiler is for Linux")
+def test_kernels_compile_for_an_h100(tmp_path):
+    env = {**{k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, "TRITON_CACHE_DIR": str(tmp_path)}
+    script = Path(__file__).with_name("triton_compile_features.py")
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    shared = [line.split() for line in done.stdout.splitlines()]
+    maps = ("elu", "cosine", "powers", "powers_backward", "focus", "focus_backward", "largest", "features", "features_backward")
+    assert {name for name, _ in shared} == {f"{name}_kernel" for name in maps}
+    assert all(int(size) <= 227 << 10 for _, size in shared), "more shared memory than a multiprocessor has"
 
 
 def kernels(name):

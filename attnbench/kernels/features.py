@@ -235,7 +235,7 @@ def powers_backward(grad: Tensor, x: Tensor, inverse: Tensor, power: Tensor, out
 def _all_heads(x: Tensor) -> dict[str, int]:
     """Constants of a kernel over tiles of tokens of all heads of `x: [B, H, N, D]`."""
     wide = max(16, triton.next_power_of_2(x.shape[1] * x.shape[3]))
-    return {"H": x.shape[1], "D": x.shape[3], "BC": wide, "BN": max(1, _TILE // wide)}
+    return {"H": x.shape[1], "D": x.shape[3], "BC": wide, "BN": max(1, _TILE // wide), "num_warps": 8 if wide <= _TILE else 16}
 
 
 def focus(x: Tensor, inverse: Tensor, least: float, power: float) -> Tensor:
@@ -243,7 +243,7 @@ def focus(x: Tensor, inverse: Tensor, least: float, power: float) -> Tensor:
     out, sizes = x.new_empty(x.shape), _all_heads(x)
     with _on(x):
         focus_kernel[(x.shape[0], triton.cdiv(x.shape[2], sizes["BN"]))](
-            x, inverse, out, *x.stride()[:3], x.shape[2], least, power, **sizes, num_warps=8
+            x, inverse, out, *x.stride()[:3], x.shape[2], least, power, **sizes
         )
     return out
 
@@ -257,6 +257,6 @@ def focus_backward(grad: Tensor, x: Tensor, inverse: Tensor, out: Tensor, share:
     with _on(x):
         focus_backward_kernel[(x.shape[0], programs)](
             x, inverse, grad, out, sums, *x.stride()[:3], *out.stride()[:3], share, x.shape[2], programs, least, power, **sizes,
-            TILES=tiles, num_warps=8,
+            TILES=tiles,
         )  # fmt: skip
     return sums.sum((0, 1))
