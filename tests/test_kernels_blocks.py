@@ -313,14 +313,14 @@ COMPRESSED = {
     "a stride a block": {"compress": 4, "stride": 4, "block": 4, "topk": 3},
     "nothing forced, fp16": {"first": 0, "local": 0, "dtype": torch.float16},
     "one key head, Dv < D, bf16, causal": {"h": 4, "hk": 1, "d": 64, "dv": 40, "dtype": torch.bfloat16, "causal": True},
-    "a compressed key a block": {"n": 90, "compress": 12},
+    "a compressed key a block": {"n": 60, "compress": 12},
     "all blocks": {"topk": 30},
 }
 
 
 @pytest.mark.parametrize("case", COMPRESSED.values(), ids=COMPRESSED)
 def test_compressed_attention_and_its_choice_are_the_definitions(case):
-    options = {"n": 70, **case}
+    options = {"n": 45, **case}
     n = options.pop("n")
     leaves, p = compressed(n, **options)
     (q, k, _), ends = leaves, torch.arange(leaves[1].shape[2], device=DEVICE) * p.stride + p.compress - 1
@@ -374,11 +374,10 @@ METHODS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
 @pytest.mark.parametrize(("name", "values"), METHODS, ids=str)
-def test_fused_methods_are_their_definitions(name, values, kv_heads):
+def test_fused_methods_are_their_definitions(name, values):
     method = attnbench.get(name)
-    qkv = inputs(h=4, hk=kv_heads, n=80, d=16)
+    qkv = inputs(h=2, hk=1, n=80, d=16)
     params = method.parse(values).fitted(Shape.of(*qkv))
     own = method.initial(Shape.of(*qkv), params, qkv[0])
     leaves = [*qkv, *(x.requires_grad_() for x in own.values())]
@@ -392,12 +391,12 @@ def test_fused_methods_are_their_definitions(name, values, kv_heads):
         torch.testing.assert_close(a.double(), b, rtol=2e-4, atol=2e-5)
 
 
-@pytest.mark.parametrize("profile", ["randn", "needle"])
+@pytest.mark.parametrize("profile", ["needle"] if DEVICE == "cpu" else ["randn", "clustered", "needle", "local"])
 @pytest.mark.parametrize(("name", "values"), METHODS, ids=str)
 def test_half_precision_passes_the_gate(name, values, profile):
     """In float16 under the interpreter, which truncates bfloat16; on a GPU in both."""
     method = attnbench.get(name)
-    n, dtypes = (130, [torch.float16]) if DEVICE == "cpu" else (3000, [torch.float16, torch.bfloat16])
+    n, dtypes = (90, [torch.float16]) if DEVICE == "cpu" else (3000, [torch.float16, torch.bfloat16])
     for dtype in dtypes:
         shape = Shape(1, 2, n, 16 if DEVICE == "cpu" else 64)
         params = method.parse(values).fitted(shape)
