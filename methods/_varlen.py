@@ -91,7 +91,8 @@ def merged_attention(q: Tensor, parts: Sequence[Part], scale: float | Sequence[f
     """
     scales = [scale] * len(parts) if isinstance(scale, (int, float)) else list(scale)
     tensors = [x for part in parts for x in (part.k, part.v)]
-    rows = [Rows.of(part.entries, part.slots, len(q)) for part in parts]
+    with stage("permute"):
+        rows = [Rows.of(part.entries, part.slots, len(q)) for part in parts]
     layouts = [_segments.Layout(p.cu_q, p.cu_k, p.max_q, p.max_k, p.causal, s) for p, s in zip(parts, scales, strict=True)]
     out: Tensor = _MergedAttention.apply(q, rows, layouts, *tensors)  # type: ignore[no-untyped-call]
     return out

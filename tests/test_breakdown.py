@@ -36,6 +36,9 @@ def take(label: str, *, backward: bool = False, n: int = 96, calls: int = 2, **p
 
 MARKED = {
     "moba@varlen": {"pool", "route", "permute", "attend", "merge"},
+    "nsa@varlen": {"project", "pool", "route", "permute", "attend", "merge"},
+    "bra@varlen": {"pool", "route", "permute", "gather", "attend"},
+    "block_window@sdpa": {"permute", "attend"},
     "mita@varlen": {"pool", "probe", "compress", "select", "route", "permute", "gather", "attend", "merge"},
     "topk@chunked": {"score", "select", "gather", "attend"},
     "nystromformer@sdpa": {"pool", "compress", "invert", "attend"},
