@@ -33,9 +33,12 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> Tensor:
 
 def fused(q: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> Tensor:
     """The same, by `attnbench.kernels.blocks`."""
-    from attnbench.kernels.blocks import attend_blocks
+    from attnbench.kernels.blocks import attend_blocks, route_blocks
 
-    chosen = route(q, k, params)
+    with stage("pool"):
+        means = block_means(k, params)
+    with stage("route"):
+        chosen = route_blocks(q, means, params.topk, params.block, params.causal)
     with stage("permute"):
         return attend_blocks(q, k, v, chosen, params.block, causal=params.causal)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 STAGES = {
     "attend": ("pair_attend_kernel", "region_attend_kernel", "compressed_attend_kernel"),
-    "route": ("importance_kernel", "block_select_kernel"),
+    "route": ("block_route_kernel", "importance_kernel", "block_select_kernel"),
     "merge": ("merge_kernel",),
     "attend gradient": (
         "delta_kernel",

@@ -142,7 +142,9 @@ METHOD = Method(
     cost=cost,
     budget=budget,
     implementations=(
-        implementation("attnbench.methods._moba:fused", _pairs, "queries sorted by block, partial outputs merged, in fused kernels"),
+        implementation(
+            "attnbench.methods._moba:fused", _pairs, "blocks chosen, queries sorted by block, partial outputs merged, in fused kernels"
+        ),
         Implementation(
             "varlen",
             "attnbench.methods._moba:varlen",

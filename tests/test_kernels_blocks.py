@@ -16,7 +16,7 @@ import attnbench
 from attnbench.check import gate
 from attnbench.inputs import draw
 from attnbench.kernels.blocks import _operator as launches
-from attnbench.kernels.blocks import attend_blocks, attend_regions, supported
+from attnbench.kernels.blocks import attend_blocks, attend_regions, route_blocks, supported
 from attnbench.kernels.compress import Selection, attend_compressed
 from attnbench.method import Shape
 
@@ -268,7 +268,7 @@ def test_every_kernel_compiles_for_an_h100(tmp_path):
     assert done.returncode == 0, done.stderr
     shared = [line.split() for line in done.stdout.splitlines()]
     assert {name for name, _ in shared} == {
-        *("pair_attend_kernel", "merge_kernel", "sum_kernel", "pair_query_gradient_kernel"),
+        *("block_route_kernel", "pair_attend_kernel", "merge_kernel", "sum_kernel", "pair_query_gradient_kernel"),
         *("region_attend_kernel", "region_query_gradient_kernel", "key_gradient_kernel", "key_sum_kernel", "delta_kernel"),
         *("compressed_attend_kernel", "importance_kernel", "block_select_kernel"),
         *("compressed_query_gradient_kernel", "compressed_key_gradient_kernel"),
@@ -290,6 +290,36 @@ def test_unsupported_calls_say_why():
         attend_blocks(*inputs(h=6, hk=2), draw_routes(1, 3, 70, 16, 2), 16)
     with pytest.raises(ValueError, match="regions"):
         attend_regions(q, k, v, torch.zeros(1, 4, 1, device=DEVICE), cut((7, 10), (3, 3)))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "block", "topk", "dtype"),
+    [((1, 2, 2, 70), 16, 2, torch.float32), ((2, 4, 2, 70), 16, 3, torch.float16), ((1, 2, 1, 200), 2, 5, torch.float32),
+     ((1, 1, 1, 5), 8, 3, torch.float32), ((1, 2, 2, 90), 1, 7, torch.bfloat16)],
+)  # fmt: skip
+def test_routes_are_the_largest_products(sizes, block, topk, dtype, causal):
+    *heads, n = sizes
+    q, k, _ = (x.detach() for x in inputs(*heads, n=n, dtype=dtype))
+    means = torch.stack([part.float().mean(2) for part in k.split(block, 2)], 2)
+    found = route_blocks(q, means, topk, block, causal).long()
+    scores = q.double() @ means.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT
+    own, place = torch.arange(n, device=DEVICE)[:, None] // block, torch.arange(means.shape[2], device=DEVICE)
+    if causal:
+        scores = scores.masked_fill(place > own, float("-inf")).masked_fill(place == own, float("inf"))
+    best = scores.topk(min(topk, len(place)), -1)
+    want = best.indices.masked_fill(best.values == float("-inf"), -1)
+    assert torch.equal(found.sort(-1).values, want.sort(-1).values)
+
+
+def test_routes_of_ties_and_of_what_is_not_finite():
+    q, means = torch.ones(1, 1, 6, 16, device=DEVICE), torch.ones(1, 1, 4, 16, device=DEVICE)
+    assert route_blocks(q, means, 2, 2, False).sort(-1).values.eq(torch.tensor([0, 1], device=DEVICE)).all(), "ties go to the first"
+    q[0, 0, 2], means[0, 0, 3] = float("nan"), float("inf")
+    found = route_blocks(q, means, 2, 2, False)[0, 0].sort(-1).values.tolist()
+    assert found[0] == [0, 3]
+    assert min(found[2]) >= 0, "a query that is no number still reads, and shows it"
+    torch.library.opcheck(route_blocks, (q.nan_to_num(), means.nan_to_num(posinf=1.0), 2, 2, True))
 
 
 def compressed(n, *, h=2, hk=2, d=32, dv=None, dtype=torch.float32, phi="mean", **values):

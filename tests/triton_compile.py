@@ -10,12 +10,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnbench.kernels import compress
-from attnbench.kernels.blocks import _keys, _pairs, _regions
-from attnbench.kernels.blocks._plan import plan, region_tile
+from attnbench.kernels.blocks import _keys, _pairs, _regions, _route
+from attnbench.kernels.blocks._plan import plan, power, region_tile
 
 POINTERS = {
     **dict.fromkeys(("q", "k", "v", "grad", "out", "low", "dq", "dx"), "bf16"),
-    **dict.fromkeys(("part", "part_lse", "lse", "delta", "part_k", "part_v", "score"), "fp32"),
+    **dict.fromkeys(("means", "part", "part_lse", "lse", "delta", "part_k", "part_v", "score"), "fp32"),
     **dict.fromkeys(("order", "items", "members", "chosen", "routes", "start"), "i32"),
 }
 
@@ -45,7 +45,9 @@ def main() -> None:
         tile = region_tile(width, False) if regions else p.tile
         forward = [_regions.region_attend_kernel] if regions else [_pairs.pair_attend_kernel, _pairs.merge_kernel, _pairs.sum_kernel]
         query = _regions.region_query_gradient_kernel if regions else _pairs.pair_query_gradient_kernel
-        jobs = [(x, tile, p.warps) for x in forward] + [(query, tile, p.query_warps)]
+        common |= {"SP": power(slots), "BE": 64, "BLOCK": width}
+        jobs = [] if regions else [(_route.block_route_kernel, 64, 4)]
+        jobs += [(x, tile, p.warps) for x in forward] + [(query, tile, p.query_warps)]
         jobs += [(_keys.key_gradient_kernel, p.grad_tile, p.grad_warps), (_keys.key_sum_kernel, 0, 4), (_keys.delta_kernel, 0, 4)]
         for kernel, rows, warps in jobs:
             print(kernel.__name__, compiled(kernel, {**common, "T": rows}, warps).metadata.shared)

@@ -4,8 +4,9 @@ Two forms. `attend_blocks`: each query chooses S blocks of consecutive keys; pai
 program takes a run of pairs of one block, and the S partial outputs of a query are merged. `attend_regions`: tokens are cut into
 regions that choose S regions together; one program takes a tile of a region's queries, and there are no partial results. Both have
 one softmax over all that a query reads. Gradients of keys and values are sums over the pairs of their block, in runs, in both forms.
-No copy of keys or queries in another order is made: kernels gather rows by their tokens. Every sum has a fixed order: the same input
-gives the same output bit for bit; nothing is read back from the device.
+`route_blocks` makes the choice of the first form by one row a block, without scores in memory. No copy of keys or queries in another
+order is made: kernels gather rows by their tokens. Every sum has a fixed order: the same input gives the same output bit for bit;
+nothing is read back from the device.
 
 Work of one head, N queries, blocks of W keys: forward `2 N S W (D + Dv)` FLOP, backward 2.5 times that and the products of the queries'
 scores once more. Bytes: pairs read q S times and write and read `4 N S (Dv + 1)` bytes of partial outputs, at most `PART_BYTES` at a
@@ -21,11 +22,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ._operator import blocks_forward
+from ._route import route_blocks
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["attend_blocks", "attend_regions", "supported"]
+__all__ = ["attend_blocks", "attend_regions", "route_blocks", "supported"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_DIM = 128
