@@ -47,7 +47,7 @@ class Saved(NamedTuple):
     v: Tensor
     """`[T, Hkv, Dv]`"""
     out: Tensor
-    """`[R, H, Dv]`, of the softmax over these keys and any others, as `kept` gives it"""
+    """`[R, H, Dv]`, of the softmax over these keys and any others, of `kept_dtype`"""
     lse: Tensor
     """`[H, R]`, likewise; +inf where a row reads nothing"""
 
@@ -68,13 +68,13 @@ def backward(grad: Tensor, saved: Saved, layout: Layout) -> tuple[Tensor, Tensor
     return _flash_backward(grad, saved, layout) if grad.is_cuda else _loop_backward(grad, saved, layout)
 
 
-def kept(out: Tensor, like: Tensor) -> Tensor:
-    """A wide output as the backward pass takes it.
+def kept_dtype(q: Tensor) -> torch.dtype:
+    """The type of the output that the backward pass takes.
 
-    Flash attention wants the type of q. Where one key carries a softmax, `grad v^T - delta` is a small difference, and rounded outputs
-    are what limits its accuracy: the loop keeps them wide.
+    Flash attention wants that of q. Where one key carries a softmax, `grad v^T - delta` is a small difference, and rounded outputs
+    are what limits its accuracy: the loop takes them wide.
     """
-    return out.to(like.dtype) if like.is_cuda else out
+    return q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
 
 
 def _slices(layout: Layout) -> Iterator[tuple[slice, slice]]:

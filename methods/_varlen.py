@@ -132,7 +132,7 @@ class _MergedAttention(torch.autograd.Function):
             total = share.logsumexp(1)
             total.masked_fill_(total == float("-inf"), float("inf"))  # rows that read nothing: exp(s - total) is 0
             weights = share.sub_(total[:, None]).exp_().split([x.shape[1] for x in shares], 1)
-            out = _segments.kept(add_up(wide(q[:0]).new_empty(len(q), tensors[1].shape[1]), outputs, rows, weights), q)
+            out = add_up(q.new_empty(len(q), tensors[1].shape[1], dtype=_segments.kept_dtype(q)), outputs, rows, weights)
         ctx.save_for_backward(q, out, total, *tensors)
         ctx.rows, ctx.layouts = rows, layouts
         return out.to(q.dtype)
