@@ -1,6 +1,8 @@
-"""Layers that a method is plugged into to be trained."""
+"""Layers that a method is plugged into to be trained, and a small model made of them."""
 
 from .attention import AttentionLayer
+from .block import Block
 from .mita import MiTAAttention
+from .transformer import Architecture, TinyTransformer
 
-__all__ = ["AttentionLayer", "MiTAAttention"]
+__all__ = ["Architecture", "AttentionLayer", "Block", "MiTAAttention", "TinyTransformer"]

@@ -1,0 +1,157 @@
+"""A small transformer in which only the mixing differs between methods."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from attnbench.errors import UserError
+
+from .block import Block
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Places = Literal["learned", "rotary", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a `TinyTransformer` is made of; two models whose architectures are equal share their weights."""
+
+    method: str = "softmax"
+    """name in the registry, or `name@implementation`"""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    """parameters of the method"""
+    vocabulary: int = 0
+    """token ids; 0 where tokens are vectors"""
+    features: int = 0
+    """numbers a token; 0 where tokens are ids"""
+    classes: int = 2
+    tokens: int = 256
+    """N, without the class token"""
+    grid: tuple[int, int] | None = None
+    """(height, width) of the tokens, row by row; None for a sequence"""
+    dim: int = 128
+    """channels C"""
+    heads: int = 2
+    depth: int = 2
+    """blocks"""
+    positions: Places = "rotary"
+    """`rotary` turns queries and keys, along the sequence or over the grid; `learned` adds a vector to each token"""
+    causal: bool = False
+    class_token: bool = False
+    """classify a token of its own, rather than the mean of all"""
+    per_token: bool = False
+    """a class for each token, rather than one an example"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self) | {"params": dict(self.params), "grid": list(self.grid) if self.grid else None}
+
+    def differences(self, other: Mapping[str, Any]) -> list[str]:
+        """Fields in which the JSON form of another architecture differs, each with both values."""
+        own = self.as_dict()
+        return [f"{key} = {other.get(key)!r} there, {own[key]!r} here" for key in own if other.get(key) != own[key]]
+
+
+class TinyTransformer(nn.Module):
+    """Embedding, blocks, norm and a linear head: `[B, N]` token ids or `[B, N, F]` numbers to class scores.
+
+    >>> import torch
+    >>> from attnbench.nn import Architecture, TinyTransformer
+    >>> model = TinyTransformer(Architecture(vocabulary=16, classes=10, tokens=64, dim=32, method="mita", params={"topk": 8}))
+    >>> model(torch.zeros(2, 64, dtype=torch.long)).shape
+    torch.Size([2, 10])
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        super().__init__()
+        a = self.architecture = architecture
+        if (a.vocabulary > 0) == (a.features > 0):
+            raise UserError("a model reads token ids or numbers: set vocabulary or features, not both")
+        if a.class_token and a.per_token:
+            raise UserError("a class token classifies the whole example: leave out class_token, or per_token")
+        self.embed: nn.Module = nn.Embedding(a.vocabulary, a.dim) if a.vocabulary else nn.Linear(a.features, a.dim)
+        self.places = nn.Parameter(torch.empty(a.tokens, a.dim)) if a.positions == "learned" else None
+        self.class_token = nn.Parameter(torch.empty(1, 1, a.dim)) if a.class_token else None
+        self.blocks = nn.ModuleList(Block(a.dim, a.heads, a.method, **self._layer()) for _ in range(a.depth))
+        self.norm, self.head = nn.LayerNorm(a.dim), nn.Linear(a.dim, a.classes)
+        self._initialise()
+
+    def _layer(self) -> dict[str, Any]:
+        """Arguments of each attention layer. What the layer tells a method by itself is left to it."""
+        a = self.architecture
+        own = {k: v for k, v in a.params.items() if k not in ("causal", "prefix")}
+        grid: dict[str, Any] = {"grid": a.grid} if a.grid else {}
+        if "grid" in own:
+            grid = {"grid": own.pop("grid")}
+        turned = "rotary-2d" if a.grid else "rotary"
+        return {
+            **own,
+            **grid,
+            "tokens": a.tokens + int(a.class_token),
+            "prefix": int(a.class_token),
+            "causal": a.causal,
+            "positions": turned if a.positions == "rotary" else "none",
+        }
+
+    def _initialise(self) -> None:
+        """Normal weights of deviation 0.02 and zero biases, as GPT-2 and ViT have; what a method owns stays as it was drawn."""
+        owned = {id(x) for block in self.blocks for x in block.attention.operator.modules()}  # type: ignore[union-attr]
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding) and id(module) not in owned:
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for x in (self.places, self.class_token):
+            if x is not None:
+                nn.init.trunc_normal_(x, std=0.02)
+
+    @property
+    def parameter_count(self) -> int:
+        """Learned numbers in all."""
+        return sum(x.numel() for x in self.parameters())
+
+    @property
+    def mixing_count(self) -> int:
+        """Learned numbers that belong to the method alone."""
+        return sum(x.numel() for block in self.blocks for x in block.attention.operator.parameters())  # type: ignore[union-attr]
+
+    def forward(self, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Class scores: `[B, classes]`, the mean over tokens where `mask [B, N]` is set; or a row for each token.
+
+        Args:
+            inputs: `[B, N]` long or `[B, N, F]` float.
+            positions: places in the flattened `[B * N]` tokens that a per-token model scores, all where absent.
+            mask: tokens that are no padding, for the mean.
+        """
+        x = self.features(inputs)
+        if self.architecture.per_token:
+            rows = x.flatten(0, 1)
+            scores: Tensor = self.head(rows if positions is None else rows[positions])
+            return scores
+        if self.architecture.class_token:
+            pooled = x[:, 0]
+        elif mask is None:
+            pooled = x.mean(1)
+        else:
+            weight = mask.to(x.dtype).unsqueeze(-1)
+            pooled = (x * weight).sum(1) / weight.sum(1).clamp(min=1)
+        out: Tensor = self.head(pooled)
+        return out
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """`[B, N, C]` after the last norm, or `[B, 1 + N, C]` with a class token."""
+        x: Tensor = self.embed(inputs)
+        if self.places is not None:
+            x = x + self.places[: x.shape[1]]
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.norm(x)
+        return out
