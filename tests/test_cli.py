@@ -38,7 +38,23 @@ FLAGS = {
     },
     "show": {"--n", "--batch", "--heads", "--dim", "--set", "--device", "--json", "--plugin"},
     "suites": {"--json"},
-    "taxonomy": {"--scaling", "--expert", "--count", "--construction", "--topology", "--format", "--verify", "--plugin"},
+    "taxonomy": {
+        "--across",
+        "--colour",
+        "--construction",
+        "--count",
+        "--down",
+        "--expert",
+        "--figure",
+        "--format",
+        "--n",
+        "--plugin",
+        "--results",
+        "--scaling",
+        "--size",
+        "--topology",
+        "--verify",
+    },
 }
 
 

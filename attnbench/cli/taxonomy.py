@@ -1,6 +1,7 @@
 """`attnbench taxonomy`."""
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,17 +29,51 @@ def taxonomy(
     topology: Annotated[str | None, typer.Option("--topology", help="Only this routing topology.")] = None,
     format_: Annotated[Format, typer.Option("--format")] = Format.RICH,
     verify: Annotated[bool, typer.Option("--verify", help="Measure each coordinate; exit 1 where it is not the declared one.")] = False,
+    figure: Annotated[
+        Path | None, typer.Option("--figure", metavar="STEM", help="Draw the methods on two dimensions: STEM.pdf, .png and .csv.")
+    ] = None,
+    across: Annotated[str, typer.Option("--across", help="Dimension from left to right, for --figure.")] = "construction",
+    down: Annotated[str, typer.Option("--down", help="Dimension from top to bottom, for --figure.")] = "topology",
+    colour: Annotated[str, typer.Option("--colour", metavar="METRIC", help="Measured number as colour, as latency; needs --results.")] = "",
+    size: Annotated[str, typer.Option("--size", metavar="METRIC", help="Measured number as size, as peak_memory; needs --results.")] = "",
+    results: Annotated[Path | None, typer.Option("--results", metavar="PATH", help="Records that numbers are taken from.")] = None,
+    n: Annotated[int, typer.Option("--n", help="Sequence length of the numbers.")] = 65536,
     plugin: Plugins = [],
 ) -> None:
-    """Print the paper's table: each method's place along the five dimensions."""
+    """Print the paper's table: each method's place along the five dimensions. Or draw it, with --figure."""
     with_plugins(plugin)
     wanted = {"scaling": scaling, "expert": expert, "count": count, "construction": construction, "topology": topology}
     names = _matching({key: text for key, text in wanted.items() if text is not None})
+    if figure is not None:
+        for path in _drawn(names, figure, across, down, (colour, size), results, n):
+            print(path)
+        return
     rows, conflicts = _verified(names) if verify else (_table(names), 0)
     _write(rows, format_)
     if conflicts:
         complain(f"{conflicts} declared coordinates conflict with the measured ones")
         raise typer.Exit(1)
+
+
+def _drawn(names: list[str], stem: Path, across: str, down: str, shown: tuple[str, str], results: Path | None, n: int) -> list[Path]:
+    """Draw the picture and write its files."""
+    from attnbench import frame, registry
+    from attnbench.figures import _taxonomy, write
+    from attnbench.figures._style import paper
+
+    metrics = [name for name in shown if name]
+    if metrics and results is None:
+        raise UserError("--colour and --size need --results PATH, the records that numbers are taken from")
+    numbers, note = {}, ""
+    if results is not None and metrics:
+        table, notes = frame.load(results)
+        for line in notes:
+            complain(line)
+        numbers = _taxonomy.measured(table, metrics, n)
+        note = _taxonomy.conditions(table[(table["status"] == "ok") & (table["n"] == n)], n)
+    drawn = _taxonomy.data([registry.get(name) for name in names], across, down, numbers)
+    with paper():
+        return write(_taxonomy.build(drawn.copy(), across, down, colour=shown[0], size=shown[1], note=note), drawn, stem)
 
 
 def _matching(wanted: dict[str, str]) -> list[str]:

@@ -59,13 +59,14 @@ def draw_all(table: pd.DataFrame, folder: Path, columns: int = 2) -> list[Path]:
                 for group in parts(module, table):
                     figure = module.build(group.rows, columns)
                     if figure is not None:
-                        written += _write(figure, module.data(group.rows), folder / f"{group.suite}-{module.NAME}-{group.place}")
+                        written += write(figure, module.data(group.rows), folder / f"{group.suite}-{module.NAME}-{group.place}")
     if not written:
         raise UserError("nothing to draw: no cell of these results was measured; `attnbench report` lists why")
     return written
 
 
-def _write(figure: Figure, data: pd.DataFrame, stem: Path) -> list[Path]:
+def write(figure: Figure, data: pd.DataFrame, stem: Path) -> list[Path]:
+    """Write a figure as .pdf and .png, and what is in it as .csv. Returns the paths. Raises `UserError` where they cannot be written."""
     from attnbench.errors import UserError
 
     paths = [stem.with_name(stem.name + suffix) for suffix in (".pdf", ".png", ".csv")]
