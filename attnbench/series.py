@@ -156,10 +156,10 @@ def noise(table: pd.DataFrame) -> str:
 
 
 def pairs(table: pd.DataFrame) -> list[tuple[float, float]]:
-    """Median times `(first, again)` of every A/A pair, in seconds; a pair lies within one environment."""
+    """Median times `(first, again)` of every A/A pair, in seconds; a pair ran the same code in one environment."""
     if "time_s" not in table:
         return []
-    keys = ["suite", "env_id", "label", "params", "task", "mode", "n", *CONDITIONS]
+    keys = ["suite", "env_id", "commit", "implementation", "label", "params", "task", "mode", "n", *CONDITIONS]
     measured = table[table["status"] == "ok"]
     again = measured[measured["replicate"] > 0]
     first = measured[measured["replicate"] == 0]

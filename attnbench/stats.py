@@ -11,6 +11,8 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from numpy.typing import NDArray
+
 
 class Interval(NamedTuple):
     """A value and the interval that holds it with the stated confidence."""
@@ -28,7 +30,7 @@ class Verdict(StrEnum):
     NOT_SEPARABLE = "not separable"
 
 
-def median(samples: Sequence[float]) -> float:
+def median(samples: Sequence[float] | NDArray[np.float64]) -> float:
     """Median."""
     return float(np.median(np.asarray(samples, dtype=float)))
 
@@ -79,21 +81,24 @@ class Floor(NamedTuple):
 
 
 MANY_PAIRS = 20
-"""From this many A/A pairs on the floor is their 95th percentile, below it their largest."""
+"""From this many A/A pairs on the floor is their 95th percentile; fewer say less, and the floor must allow for it."""
 
 
 def floor(pairs: Iterable[tuple[float, float]], near: float | None = None) -> Floor | None:
-    """Noise floor from `(time, time of the same cell measured again)`: quantile of `max / min - 1`; None without pairs.
+    """Noise floor from `(time, time of the same cell measured again)`: a bound on `max / min - 1` of 19 pairs in 20; None without pairs.
 
     Noise depends on how long a call takes: short ones are paced by the host. With `near`, a time, only the pairs within a factor
-    of 2 of it count, and never fewer than the three of the most similar duration.
+    of 2 of it count, and never fewer than the three of the most similar duration. Of fewer than `MANY_PAIRS` the bound is the largest,
+    or the 95% prediction limit of one more normal log ratio if that is larger: `t(0.975, pairs)` times their root mean square.
     """
-    ranked = sorted((abs(math.log(math.sqrt(a * b) / near)) if near else 0.0, max(a, b) / min(a, b) - 1) for a, b in pairs)
+    ranked = sorted((abs(math.log(math.sqrt(a * b) / near)) if near else 0.0, abs(math.log(a / b))) for a, b in pairs)
     apart = [difference for i, (distance, difference) in enumerate(ranked) if i < 3 or distance <= math.log(2)]
     if not apart:
         return None
-    relative = float(np.quantile(apart, 0.95)) if len(apart) >= MANY_PAIRS else max(apart)
-    return Floor(relative, len(apart))
+    if len(apart) >= MANY_PAIRS:
+        return Floor(math.expm1(float(np.quantile(apart, 0.95))), len(apart))
+    spread = math.sqrt(math.fsum(x * x for x in apart) / len(apart))
+    return Floor(math.expm1(max(*apart, _t_quantile(0.975, len(apart)) * spread)), len(apart))
 
 
 def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
@@ -103,17 +108,28 @@ def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95, resa
     percentiles are too narrow for few samples (Hesterberg 2015, https://doi.org/10.1080/00031305.2015.1089789, section 3.3).
     With a single sample on either side nothing is known: the interval is all positive numbers.
     """
-    x, y = (np.asarray(s, dtype=float) for s in (a, b))
-    value = float(np.median(y) / np.median(x))
-    if min(len(x), len(y)) < 2:
+    value = median(b) / median(a)
+    draws = log_ratios(a, b, confidence, resamples, seed)
+    if draws is None:
         return Interval(0.0, value, math.inf)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(draws, [tail, 1 - tail])
+    return Interval(math.exp(low), value, math.exp(high))
+
+
+def log_ratios(
+    a: Sequence[float], b: Sequence[float], confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> NDArray[np.float64] | None:
+    """Bootstrap draws of `log(median(b) / median(a))`, widened as `ratio` says; None with a single sample on either side."""
+    x, y = (np.asarray(s, dtype=float) for s in (a, b))
+    fewest, centre = min(len(x), len(y)), math.log(median(y) / median(x))
+    if fewest < 2:
+        return None
     random = np.random.default_rng(seed)
     medians = [np.median(s[random.integers(0, len(s), (resamples, len(s)))], axis=1) for s in (x, y)]
     tail = (1 - confidence) / 2
-    low, high = np.quantile(np.log(medians[1] / medians[0]), [tail, 1 - tail])
-    fewest, centre = min(len(x), len(y)), math.log(value)
     widen = _t_quantile(1 - tail, fewest - 1) / _normal_quantile(1 - tail) * math.sqrt(fewest / (fewest - 1))
-    return Interval(math.exp(centre + widen * (low - centre)), value, math.exp(centre + widen * (high - centre)))
+    return np.asarray(centre + widen * (np.log(medians[1] / medians[0]) - centre), dtype=np.float64)
 
 
 def _t_quantile(p: float, freedom: int) -> float:

@@ -83,12 +83,18 @@ def test_a_single_sample_separates_nothing():
     assert stats.verdict(stats.ratio([1.0], [1000.0]), None) is Verdict.NOT_SEPARABLE
 
 
-def test_floor_is_the_largest_of_few_pairs_and_a_percentile_of_many():
+def test_floor_of_few_pairs_allows_for_how_few_they_are():
     assert stats.floor([]) is None
     few = stats.floor([(1.0, 1.01), (1.03, 1.0)])
     assert few is not None
     assert few.pairs == 2
-    assert few.relative == pytest.approx(0.03)
+    assert few.relative == pytest.approx(math.expm1(4.303 * math.sqrt((math.log(1.01) ** 2 + math.log(1.03) ** 2) / 2)), rel=1e-3)
+    heavy = stats.floor([(1.0, 1.0)] * 18 + [(1.0, 2.0)])
+    assert heavy is not None
+    assert heavy.relative == pytest.approx(1.0), "never less than the largest difference seen"
+
+
+def test_floor_of_many_pairs_is_a_percentile():
     many = stats.floor([(1.0, 1.01)] * 99 + [(1.0, 2.0)])
     assert many is not None
     assert many.relative == pytest.approx(0.01)
@@ -97,6 +103,15 @@ def test_floor_is_the_largest_of_few_pairs_and_a_percentile_of_many():
 
 def test_floor_near_a_time_asks_cells_of_like_duration():
     pairs = [(1e-4, 1.2e-4), (2e-4, 2.1e-4), (1e-2, 1.01e-2), (1.5e-2, 1.5e-2), (2e-2, 2.04e-2), (1.0, 1.001)]
-    assert stats.floor(pairs, 1.3e-2) == (pytest.approx(0.02), 3)
-    assert stats.floor(pairs, 1e-4) == (pytest.approx(0.2), 3)
-    assert stats.floor(pairs[:1], 1.0) == (pytest.approx(0.2), 1)
+    assert stats.floor(pairs, 1.3e-2) == stats.floor(pairs[2:5])
+    assert stats.floor(pairs, 1e-4) == stats.floor(pairs[:3])
+    assert stats.floor(pairs[:1], 1.0) == stats.floor(pairs[:1])
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 19])
+def test_one_more_normal_pair_exceeds_the_floor_of_few_in_at_most_one_case_in_twenty(count):
+    random = np.random.default_rng(count)
+    draws = np.exp(0.1 * random.standard_normal((2000, count + 1)))
+    floors = [stats.floor((1.0, x) for x in row[1:]) for row in draws]
+    beyond = [f is not None and max(x, 1 / x) - 1 > f.relative for x, f in zip(draws[:, 0], floors, strict=True)]
+    assert np.mean(beyond) <= 0.06
