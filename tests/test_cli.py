@@ -26,6 +26,7 @@ FLAGS = {
     "": {"--version", "--install-completion", "--show-completion", "--help", "-h"},
     "check": {"--all", "--device", "--json", "--plugin"},
     "compare": {"--results", "--json"},
+    "crossover": {"--against", "--metric", "--mode", "--json"},
     "env": {"--device", "--json"},
     "list": {"--device", "--verbose", "-v", "--json", "--plugin"},
     "merge": {"--into"},
@@ -117,6 +118,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("plot absent", "absent does not exist: run a suite first"),
         ("report absent", "absent does not exist: run a suite first"),
         ("compare a b --results absent", "absent does not exist"),
+        ("crossover absent", "absent does not exist: run a suite first"),
         ("merge absent --into elsewhere", "absent does not exist"),
     ],
 )

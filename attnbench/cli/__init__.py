@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from attnbench.cli._output import complain
 from attnbench.cli.check import check
 from attnbench.cli.compare import compare
+from attnbench.cli.crossover import crossover
 from attnbench.cli.env import env
 from attnbench.cli.list import list_methods
 from attnbench.cli.merge import merge
@@ -76,10 +77,11 @@ for _name, _command, _panel in (
     ("env", env, MEASURE),
     ("plot", plot, RESULTS),
     ("compare", compare, RESULTS),
+    ("crossover", crossover, RESULTS),
     ("report", report, RESULTS),
     ("merge", merge, RESULTS),
 ):
-    app.command(_name, rich_help_panel=_panel, no_args_is_help=_name in ("show", "plan", "run", "compare", "merge"))(_command)
+    app.command(_name, rich_help_panel=_panel, no_args_is_help=_name in ("show", "plan", "run", "compare", "crossover", "merge"))(_command)
 
 
 def main() -> None:

@@ -1,0 +1,271 @@
+"""From which length on is a method better than a baseline? With an interval, or with the reason why there is no such length."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from attnbench import frame, series, stats
+from attnbench.errors import UserError, unknown
+from attnbench.metrics import METRICS
+from attnbench.stats import Interval, Verdict
+from attnbench.suite import CHOICES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from attnbench.stats import Floor
+
+    Row = Mapping[str, Any]
+    Draws = NDArray[np.float64]
+
+METRIC_NAMES = ("latency", "peak_memory")
+"""What may cross: metrics of which less is better."""
+_WORD = {"latency": ("faster", "slower"), "peak_memory": ("smaller", "larger")}
+_TOO_LARGE = {"oom": "memory", "timeout": "time"}
+
+
+class Answer(StrEnum):
+    """What a search for a crossover found."""
+
+    FROM = "from"
+    """Better from a length on, up to the longest at which both were measured."""
+    NEVER = "never in range"
+    """Worse at the longest length, and both were measured up to the end of the range."""
+    BEYOND = "beyond memory or time"
+    """Not better up to the length at which the method or the baseline ran out of memory or time."""
+    NOT_SEPARABLE = "not separable"
+    """At the longest length neither is better beyond the noise."""
+    NOT_MEASURED = "not measured"
+    """There is no length at which both were measured, for another reason than size."""
+
+
+@dataclass(frozen=True)
+class Crossover:
+    """One series against one baseline, under equal conditions, in one mode."""
+
+    suite: str
+    device: str
+    mode: str
+    conditions: str
+    series: str
+    baseline: str
+    metric: str
+    answer: Answer
+    length: Interval | None
+    """N with its 95% interval, for `from`; a bound at or below the shortest length is that length"""
+    shortest: int | None
+    """of the lengths at which both were measured"""
+    longest: int | None
+    ratio: Interval | None
+    """metric over the baseline's at `longest`, with its 95% interval"""
+    floor: Floor | None
+    """A/A noise floor there"""
+    note: str = ""
+    """what else there is to know: who failed and where, earlier wins, gaps"""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the named tuples become dicts, what is not finite becomes null."""
+        parts = {name: getattr(self, name) for name in ("length", "ratio", "floor")}
+        return asdict(self) | {name: _json(value._asdict()) if value is not None else None for name, value in parts.items()}
+
+    def __str__(self) -> str:
+        better = _WORD[self.metric][0]
+        text = f"{self.series}, {self.mode}: {self._answer(better)}"
+        if self.ratio and self.longest:
+            r = self.ratio
+            sure = f" (95% interval {r.low:.3g} to {r.high:.3g})" if r.low < r.high else ""
+            text += f"; {r.value:.{3 if sure else 6}g} of {self.baseline} at N={self.longest}{sure}"
+        return text + (f"; {self.note}" if self.note else "")
+
+    def _answer(self, better: str) -> str:
+        if self.length is None:
+            return str(self.answer)
+        low, at, high = (round(n) for n in self.length)
+        if high <= (self.shortest or 0):
+            return f"{better} throughout, from N={high} or less"
+        at_most = "" if at > (self.shortest or 0) else " at most"
+        return f"{better} from{at_most} N={at}" + (f" (95% interval {low} to {high})" if low < high else "")
+
+
+def _json(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v if math.isfinite(v) else None for k, v in values.items()}
+
+
+def find(table: pd.DataFrame, against: str, metric: str = "latency", mode: str | None = None) -> list[Crossover]:
+    """Every series of the table's speed records against the baseline `method[@implementation]`, as the suite asked for it.
+
+    Nothing is pooled: devices, suites, conditions and modes each have their own answer, and a causal series meets a causal baseline.
+    Raises `UserError` for a baseline, metric or mode that the table lacks.
+    """
+    if metric not in METRIC_NAMES:
+        raise unknown("metric", metric, METRIC_NAMES)
+    if mode is not None and mode not in CHOICES["mode"]:
+        raise unknown("mode", mode, CHOICES["mode"])
+    rows = frame.current(table) if not table.empty else table
+    rows = rows[rows["task"] == "speed"] if len(rows) else rows
+    if rows.empty:
+        raise UserError("these results hold no speed records: run a suite of the task speed first")
+    if against not in set(rows["label"]):
+        raise unknown("baseline", against, set(rows["label"]), "these results")
+    found = [one for group in series.groups(rows) for one in _of_group(group, against, metric, mode)]
+    if not found:
+        raise UserError(f"no other method was measured beside {against}{f' in mode {mode}' if mode else ''}: name another baseline or mode")
+    return found
+
+
+def _of_group(group: series.Group, against: str, metric: str, mode: str | None) -> Iterator[Crossover]:
+    names, again = series.labels(group.rows), series.pairs(group.rows)
+    rows = group.rows.assign(series=names)
+    rows = rows[rows["replicate"] == 0]
+    for each in CHOICES["mode"]:
+        part = rows[rows["mode"] == each] if mode in (None, each) else rows.iloc[:0]
+        bases = [base for _, base in part[part["label"] == against].groupby("params", sort=True)]
+        others = [own for _, own in part[part["label"] != against].groupby("series", sort=True)]
+        others.sort(key=lambda own: (series.family_rank(series.family(own["method"].iloc[0])), series.natural(own["series"].iloc[0])))
+        yield from (_search(own, base, metric, again) for own in others for base in bases if _causal(own) == _causal(base))
+
+
+def _causal(rows: pd.DataFrame) -> bool:
+    return bool(json.loads(rows["params"].iloc[0]).get("causal", False))
+
+
+@dataclass(frozen=True)
+class _Point:
+    """One length at which both sides were measured."""
+
+    n: int
+    value: float
+    """log of method over baseline"""
+    draws: Draws | None
+    """bootstrap draws of it; None where one side has a single sample"""
+    floor: Floor | None
+
+    @property
+    def band(self) -> float:
+        return math.log1p(self.floor.relative) if self.floor else 0.0
+
+    @property
+    def ratio(self) -> Interval:
+        if self.draws is None:
+            return Interval(0.0, math.exp(self.value), math.inf)
+        low, high = np.quantile(self.draws, [0.025, 0.975])
+        return Interval(math.exp(low), math.exp(self.value), math.exp(high))
+
+    @property
+    def verdict(self) -> Verdict:
+        return stats.verdict(self.ratio, self.floor)
+
+
+def _search(own: pd.DataFrame, base: pd.DataFrame, metric: str, again: Sequence[tuple[float, float]]) -> Crossover:
+    sides = [{int(row["n"]): {str(k): v for k, v in row.items()} for row in rows.to_dict("records")} for rows in (own, base)]
+    lengths = sorted({*sides[0], *sides[1]})
+    points = [p for n in lengths if (p := _point(sides[0].get(n), sides[1].get(n), metric, again, n))]
+    last = points[-1] if points else None
+    answer, note = _judge(
+        points, _failures(sides, lengths, last.n if last else 0, [str(own["series"].iloc[0]), str(base["series"].iloc[0])])
+    )
+    first = own.iloc[0]
+    return Crossover(
+        suite=str(first["suite"]),
+        device=str(first["device"]),
+        mode=str(first["mode"]),
+        conditions=", ".join(f"{series.SHORT.get(c, c)}={first[c]}" for c in series.CONDITIONS),
+        series=str(first["series"]),
+        baseline=str(base["series"].iloc[0]),
+        metric=metric,
+        answer=answer,
+        length=_length(points) if answer is Answer.FROM else None,
+        shortest=points[0].n if points else None,
+        longest=last.n if last else None,
+        ratio=last.ratio if last else None,
+        floor=last.floor if last else None,
+        note="; ".join([*note, *_history(points, metric, lengths)]),
+    )
+
+
+def _point(own: Row | None, base: Row | None, metric: str, again: Sequence[tuple[float, float]], n: int) -> _Point | None:
+    """The two sides at one length; None where either was not measured."""
+    if own is None or base is None or own["status"] != "ok" or base["status"] != "ok":
+        return None
+    if METRICS[metric].of_time is None:
+        a, b = (float(row.get(METRICS[metric].column) or math.nan) for row in (base, own))
+        value = math.log(b / a) if a > 0 and b > 0 else math.nan
+        return None if math.isnan(value) else _Point(n, value, np.full(1, value), None)  # memory repeats to the byte
+    a, b = base["samples_s"], own["samples_s"]
+    draws = stats.log_ratios(a, b, seed=n)
+    return _Point(n, math.log(stats.median(b) / stats.median(a)), draws, stats.floor(again, min(base["time_s"], own["time_s"])))
+
+
+def _failures(sides: Sequence[Mapping[int, Row]], lengths: Sequence[int], after: int, names: Sequence[str]) -> list[tuple[str, str]]:
+    """(status, sentence) of the first length beyond `after` at which each side was tried and failed."""
+    found = []
+    for name, rows in zip(names, sides, strict=True):
+        row = next((rows[n] for n in lengths if n > after and n in rows and rows[n]["status"] != "ok"), None)
+        if row is not None:
+            status = str(row["reason"]).partition(" ")[0] if row["status"] == "skipped" else str(row["status"])
+            found.append((status, f"{name} {_failed(status, str(row['reason']))} at N={row['n']}"))
+    return found
+
+
+def _failed(status: str, reason: str) -> str:
+    return f"ran out of {_TOO_LARGE[status]}" if status in _TOO_LARGE else f"is {status} ({reason})" if reason else f"is {status}"
+
+
+def _judge(points: Sequence[_Point], failures: Sequence[tuple[str, str]]) -> tuple[Answer, list[str]]:
+    """The answer, and the failures that limit it."""
+    note = [sentence for _, sentence in failures]
+    if points and points[-1].verdict is Verdict.FASTER:
+        return Answer.FROM, note
+    if any(status in _TOO_LARGE for status, _ in failures):
+        return Answer.BEYOND, note
+    if not points:
+        return Answer.NOT_MEASURED, note
+    return (Answer.NEVER if points[-1].verdict is Verdict.SLOWER else Answer.NOT_SEPARABLE), note
+
+
+def _length(points: Sequence[_Point]) -> Interval:
+    """Where log ratio against log N last falls through zero, with its 95% interval.
+
+    The interval comes from bootstrap draws of the whole curve. Its ends are where the draws leave the A/A band: the low one is the
+    2.5th percentile of crossings of the band's upper edge, the high one the 97.5th of its lower edge.
+    """
+    x = np.log([p.n for p in points])
+    band = np.array([p.band for p in points])
+    size = max(len(p.draws) for p in points if p.draws is not None)
+    anything = np.where(np.arange(size) % 2, np.inf, -np.inf)  # a single sample may lie anywhere
+    curves = np.stack([anything if p.draws is None else np.resize(p.draws, size) for p in points], 1)
+    at = float(_crossings(x, np.array([[p.value for p in points]]))[0])
+    low = np.quantile(_crossings(x, curves - band), 0.025, method="lower")
+    high = np.quantile(_crossings(x, curves + band), 0.975, method="higher")
+    return Interval(*(math.exp(v) for v in (min(low, at), at, max(high, at))))
+
+
+def _crossings(x: Draws, curves: Draws) -> Draws:
+    """The x from which each piecewise linear curve `[R, L]` stays below zero: the first x where it always is, infinity where never."""
+    above = curves >= 0
+    last = np.where(above.any(1), len(x) - 1 - above[:, ::-1].argmax(1), -1)
+    i = last.clip(0, len(x) - 2)
+    y0, y1 = (np.take_along_axis(curves, at[:, None], 1)[:, 0] for at in (i, i + 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.where(np.isinf(y0), 1.0, np.where(np.isinf(y1), 0.0, y0 / (y0 - y1)))  # towards the side that is known
+    found = x[i] + (x[i + 1] - x[i]) * share
+    return np.asarray(np.where(last < 0, x[0], np.where(last == len(x) - 1, np.inf, found)))
+
+
+def _history(points: Sequence[_Point], metric: str, lengths: Sequence[int]) -> list[str]:
+    """Wins that were lost again at a longer length, and lengths within the range at which one side is missing."""
+    better, worse = _WORD[metric]
+    lost = [p.n for i, p in enumerate(points) if p.verdict is Verdict.FASTER and any(q.verdict is Verdict.SLOWER for q in points[i + 1 :])]
+    have = {p.n for p in points}
+    gaps = [n for n in lengths if points and points[0].n < n < points[-1].n and n not in have]
+    found = [f"{better} at N={', '.join(map(str, lost))} and {worse} again beyond"] if lost else []
+    return found + ([f"not measured on both sides at N={', '.join(map(str, gaps))}"] if gaps else [])
