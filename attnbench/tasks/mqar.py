@@ -1,0 +1,100 @@
+"""Multi-query associative recall: key-value pairs first, then their keys again at power-law distances, each to be answered by its value.
+
+An example of N tokens starts with P pairs `k_1 v_1 ... k_P v_P`. After them each key is asked once: it stands at token `2 P + 2 g`, with
+gaps g drawn without replacement with probabilities `(g + 1)^(a - 1)`, a = 0.01, and a masked value behind it. All else is filler.
+
+        A 4 B 3 C 6 | x y B _ z x A _ ...      answers: B -> 3, A -> 4
+
+Causal and bidirectional methods get the same batches: the answer is read at the asked key, and what follows it is masked, so that neither
+can see it. Keys come from the first half of the vocabulary, values from the second; token 0 is the mask.
+
+Difficulty, from Zoology: vocabulary 8192, and at N = 256 between 4 and 64 pairs. Pairs grow with N: N/64, N/32, N/16, N/8, N/4, each as
+often as the others. `group` is the number of pairs. Arora et al. 2023, https://arxiv.org/abs/2312.04927.
+
+Departures: the token behind an asked key is the mask rather than filler, and filler never repeats a key of its example, so that every
+question has one answer; theirs repeats one with probability P / 8192 a token.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from attnbench.errors import UserError
+from attnbench.tasks._draw import generator
+from attnbench.tasks.trained import Batch, TrainedTask, sequence
+
+if TYPE_CHECKING:
+    from attnbench.tasks.trained import Split
+
+VOCABULARY = 8192
+MASK = 0
+POWER = 0.01
+"""a of the power law of gaps"""
+_KEYS = VOCABULARY // 2
+_SHARES = 64, 32, 16, 8, 4
+"""N over numbers of pairs"""
+
+
+def pairs(n: int) -> tuple[int, ...]:
+    """Numbers of pairs asked at N. Raises `UserError` where N is odd, below 4 or above what the vocabulary holds."""
+    if n % 2 or not 4 <= n <= VOCABULARY:
+        raise UserError(f"mqar needs an even N from 4 to {VOCABULARY}, not {n}: set n to 256, 1024 or 4096, say")
+    return tuple(sorted({max(1, n // share) for share in _SHARES}))
+
+
+def batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
+    """Examples with each number of pairs in turn; targets are tokens, asked where `mask` is set."""
+    rng, choices = generator("mqar", split, index, size, n, seed), pairs(n)
+    count = np.array(choices)[(index * size + np.arange(size)) % len(choices)][:, None]
+    most = choices[-1]
+    ranks = np.arange(most)[None]
+    used = ranks < count
+    order = rng.random((size, _KEYS - 1)).argsort(1) + 1
+    keys, spare = order[:, :most], order[:, most:]
+    values = rng.random((size, _KEYS)).argsort(1)[:, :most] + _KEYS
+    tokens = _filler(rng, spare, n)
+    row = np.broadcast_to(np.arange(size)[:, None], used.shape)[used]
+    place = np.broadcast_to(2 * ranks, used.shape)[used]
+    asked = (2 * count + 2 * _gaps(rng, count, n, most))[used]
+    tokens[row, place], tokens[row, place + 1] = keys[used], values[used]
+    tokens[row, asked], tokens[row, asked + 1] = keys[used], MASK
+    targets, mask = np.zeros((size, n), np.int64), np.zeros((size, n), bool)
+    targets[row, asked], mask[row, asked] = values[used], True
+    groups = torch.from_numpy(count.astype(np.int64)).repeat(1, n)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(mask), groups)
+
+
+def _filler(rng: np.random.Generator, spare: np.ndarray, n: int) -> np.ndarray:
+    """Tokens `[B, N]`, each a value or one of the keys `spare: [B, ..]` with the odds of a uniform draw."""
+    size, left = spare.shape
+    drawn = rng.integers(0, left + _KEYS, (size, n))
+    return np.where(drawn < left, np.take_along_axis(spare, drawn.clip(max=left - 1), 1), drawn - left + _KEYS).astype(np.int64)
+
+
+def _gaps(rng: np.random.Generator, count: np.ndarray, n: int, most: int) -> np.ndarray:
+    """Different gaps `[B, most]`, the first `count` of a row drawn in turn with the power law: the smallest of exponential clocks."""
+    space = np.arange(n // 2)
+    clocks = -np.log1p(-rng.random((len(count), len(space)))) / (space + 1) ** (POWER - 1)
+    clocks[space[None] >= n // 2 - count] = np.inf
+    first: np.ndarray = clocks.argsort(1)[:, :most]
+    return first
+
+
+TASK = TrainedTask(
+    name="mqar",
+    title="Multi-query associative recall",
+    kind="sequence",
+    vocabulary=VOCABULARY,
+    classes=VOCABULARY,
+    causal="both",
+    per_token=True,
+    grid=sequence,
+    chance=1 / _KEYS,
+    lengths=(256, 1024, 4096),
+    source="Arora et al. 2023, Zoology, https://arxiv.org/abs/2312.04927; values asked are masked and filler repeats no key of its example",
+    batch=batch,
+    group="pairs",
+)
