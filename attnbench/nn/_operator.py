@@ -5,13 +5,17 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from attnbench.errors import UserError
 from attnbench.method import Shape
 
 from . import _grid
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable
+
+    from torch import Tensor, nn
 
     from attnbench.method import Method
 
@@ -50,3 +54,12 @@ def build(method: Method, heads: int, dim: int, tokens: int | None, params: dict
     if sizes[0] != sizes[-1]:
         raise UserError(f"learned weights of {method.name} depend on the number of tokens: give tokens = N or grid = (height, width)")
     return built[0]
+
+
+def mix(method: Method, operator: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The operator, outside autocast unless the method brings a module of its own, whose weights only autocast would cast."""
+    device = q.device.type
+    if method.builder is not None or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return operator(q, k, v)
+    with torch.autocast(device, enabled=False):
+        return operator(q, k, v)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -149,13 +148,7 @@ class AttentionLayer(nn.Module):
         return _rotary.rotate(q, turns), _rotary.rotate(k, turns)
 
     def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The operator, outside autocast unless the method brings a module of its own, whose weights only autocast would cast."""
-        device = q.device.type
-        if self.method.builder is not None or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            own: Tensor = self.operator(q, k, v)
-            return own
-        with torch.autocast(device, enabled=False):
-            return self.operator(q, k, v)  # type: ignore[no-any-return]
+        return _operator.mix(self.method, self.operator, q, k, v)
 
     def extra_repr(self) -> str:
         """Sizes, the method and what differs from a plain layer."""
