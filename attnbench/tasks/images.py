@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,7 +74,7 @@ class Folder:
 
         files, marks = self.files[split], self.unreadable[split]
         epoch, place = divmod(number, len(files))
-        order = generator("images", split, seed, epoch).permutation(len(files)) if split == "train" else np.arange(len(files))
+        order = _shuffled(len(files), seed, epoch) if split == "train" else np.arange(len(files))
         for at in (int(order[(place + step) % len(files)]) for step in range(len(files))):
             image = _decoded(self.path / files[at][0])
             if image is None:
@@ -108,6 +108,11 @@ def open_folder(path: str | Path) -> Folder:
 def patches(image: torch.Tensor) -> torch.Tensor:
     """`[C, S, S]` -> `[N, C x P x P]`, patches row by row, in the order of the weights of a convolution."""
     return image.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 0, 3, 4).reshape(-1, len(image) * PATCH**2)
+
+
+@lru_cache(maxsize=4)
+def _shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    return generator("images", "train", seed, epoch).permutation(count)
 
 
 def _classes(path: Path) -> tuple[str, ...]:

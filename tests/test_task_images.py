@@ -1,0 +1,164 @@
+"""Images from a folder that the tests make: splits, decoding, augmentation, and what is damaged or missing."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from attnbench.errors import UserError
+from attnbench.nn import Architecture, TinyTransformer
+from attnbench.tasks import _augment, images
+from attnbench.tasks.loading import loader
+
+COLOURS = {"blue": (20, 40, 200), "green": (30, 180, 40), "red": (210, 30, 20)}
+
+
+def paint(path, colour, seed, size=(40, 30)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed).integers(-20, 20, (size[1], size[0], 3))
+    Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for colour, values in COLOURS.items():
+        for number in range(40):
+            paint(tmp_path / colour / f"{number}.{'jpg' if number % 2 else 'png'}", values, number)
+    return tmp_path
+
+
+@pytest.fixture
+def split_folder(tmp_path):
+    for part, count in (("train", 60), ("val", 3)):
+        for colour, values in COLOURS.items():
+            for number in range(count):
+                paint(tmp_path / part / colour / f"{number}.png", values, number)
+    return tmp_path
+
+
+def test_a_folder_is_split_once_by_the_names_of_its_images(folder):
+    data = images.open_folder(folder)
+    assert data.classes == ("blue", "green", "red")
+    names = {split: {name for name, _ in files} for split, files in data.files.items()}
+    assert sum(map(len, names.values())) == len(set.union(*names.values())) == 120
+    assert len(names["train"]) > 80
+    assert data.files == images.open_folder(folder).files
+    assert all(name.startswith(data.classes[label] + "/") for files in data.files.values() for name, label in files)
+    (folder / "blue" / "0.png").unlink()
+    again = {split: {name for name, _ in files} for split, files in images.open_folder(folder).files.items()}
+    assert all(again[split] == names[split] - {"blue/0.png"} for split in names), "an image that goes moves no other"
+
+
+def test_folders_of_splits_are_kept(split_folder):
+    data = images.open_folder(split_folder)
+    assert sorted(name for name, _ in data.files["test"]) == sorted(f"val/{c}/{i}.png" for c in COLOURS for i in range(3))
+    assert all(name.startswith("train/") for split in ("train", "validation") for name, _ in data.files[split])
+    assert len(data.files["train"]) + len(data.files["validation"]) == 180
+    assert len(data.files["train"]) > 150
+
+
+def test_batches_of_a_folder_are_pure_patches_of_what_was_painted(folder):
+    data = images.open_folder(folder)
+    task = data.task
+    assert (task.classes, task.chance, task.examples) == (3, 1 / 3, len(data.files["train"]))
+    batch = task.batch("test", 0, 6, 4, 0)
+    assert batch.inputs.shape == (6, 4, 768)
+    assert batch.targets.tolist() == [label for _, label in data.files["test"][:6]]
+    means = batch.inputs.unflatten(2, (3, 256)).mean((1, 3)).numpy() * _augment.DEVIATION + _augment.MEAN
+    for mean, label in zip(means, batch.targets, strict=True):
+        assert np.abs(mean * 255 - COLOURS[data.classes[label]]).max() < 15
+    train = task.batch("train", 2, 6, 4, 7)
+    assert train.digest == task.batch("train", 2, 6, 4, 7).digest
+    assert len({train.digest, task.batch("train", 2, 6, 4, 8).digest, task.batch("train", 3, 6, 4, 7).digest}) == 3
+    halves = [task.batch("train", i, 3, 4, 7).inputs for i in (4, 5)]
+    assert torch.equal(train.inputs, torch.cat(halves)), "an example does not depend on the batch that it is in"
+
+
+def test_an_epoch_sees_every_image_once(folder):
+    data = images.open_folder(folder)
+    count = len(data.files["train"])
+    labels = data.batch("train", 0, count, 1, 0).targets
+    assert torch.bincount(labels).tolist() == np.bincount([label for _, label in data.files["train"]]).tolist()
+
+
+def test_patches_are_what_a_convolution_reads():
+    image = torch.randn(3, 48, 48)
+    weight = torch.randn(5, 3, 16, 16)
+    want = torch.nn.functional.conv2d(image[None], weight, stride=16)[0].flatten(1).T
+    torch.testing.assert_close(images.patches(image) @ weight.flatten(1).T, want)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_images_are_skipped_and_counted_in_workers_too(folder, workers):
+    data = images.open_folder(folder)
+    names = [name for name, _ in data.files["test"]]
+    (folder / names[0]).write_bytes(b"no image at all")
+    whole = (folder / names[1]).read_bytes()
+    (folder / names[1]).write_bytes(whole[: len(whole) // 2])
+    (folder / names[2]).write_bytes(b"")
+    assert data.skipped == []
+    batches = list(loader(data.task, "test", size=len(names), n=4, seed=0, count=1, workers=workers))
+    assert data.skipped == names[:3]
+    assert batches[0].targets.tolist() == [label for _, label in [data.files["test"][3]] * 3 + data.files["test"][3:]]
+
+
+def test_a_split_without_a_good_image_is_an_error(folder):
+    data = images.open_folder(folder)
+    for name, _ in data.files["test"]:
+        (folder / name).write_bytes(b"?")
+    with pytest.raises(UserError, match="can be decoded"):
+        data.batch("test", 0, 1, 4, 0)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1", "I;16"])
+def test_every_kind_of_image_becomes_red_green_and_blue(folder, mode):
+    data = images.open_folder(folder)
+    name = data.files["test"][0][0]
+    suffix = ".jpg" if mode == "CMYK" else ".png"
+    image = Image.new(mode, (33, 50)) if mode != "I;16" else Image.fromarray(np.full((50, 33), 40000, np.uint16))
+    image.save(folder / (name + suffix))
+    (folder / name).unlink()
+    (folder / (name + suffix)).rename(folder / name)
+    assert data.batch("test", 0, 1, 4, 0).inputs.isfinite().all()
+    assert data.skipped == []
+
+
+def test_what_is_no_folder_of_classes_is_said_in_one_line(tmp_path):
+    with pytest.raises(UserError, match="is no folder"):
+        images.open_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="has no classes but no folders"):
+        images.open_folder(tmp_path)
+    paint(tmp_path / "one" / "a.png", (1, 2, 3), 0)
+    with pytest.raises(UserError, match="has no classes but one folder, one"):
+        images.open_folder(tmp_path)
+    (tmp_path / "two").mkdir()
+    with pytest.raises(UserError, match="has no images for"):
+        images.open_folder(tmp_path)
+
+
+def test_every_operation_of_the_augmentation_changes_a_picture_and_not_its_size():
+    picture = Image.fromarray(np.random.default_rng(0).integers(20, 200, (24, 36, 3)).astype(np.uint8))
+    for name, operation in _augment.OPERATIONS.items():
+        for sign in (1, -1):
+            out = operation(picture, 0.9, sign)
+            assert (out.size, out.mode) == (picture.size, "RGB"), name
+            assert out.tobytes() != picture.tobytes(), name
+
+
+@pytest.mark.parametrize("size", [(300, 20), (20, 300), (1, 1), (64, 64)])
+def test_crops_lie_within_the_picture_and_have_allowed_shapes(size):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        left, top, right, bottom = _augment._crop(size, rng)
+        assert 0 <= left < right <= size[0] + 1e-9
+        assert 0 <= top < bottom <= size[1] + 1e-9
+        assert 3 / 4 - 1e-9 <= (right - left) / (bottom - top) <= 4 / 3 + 1e-9
+    assert _augment.for_training(Image.new("RGB", size), 32, rng).shape == (3, 32, 32)
+    assert _augment.for_evaluation(Image.new("RGB", size), 32).shape == (3, 32, 32)
+
+
+def test_deit_tiny_has_the_parameters_that_its_paper_states():
+    """5.7 million: Touvron et al. 2021, table 1."""
+    with torch.device("meta"):
+        model = TinyTransformer(Architecture(tokens=196, grid=(14, 14), features=768, classes=1000, **images.DEIT_TINY))
+    assert round(model.parameter_count / 1e5) == 57
