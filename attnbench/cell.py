@@ -18,7 +18,9 @@ from attnbench.errors import UserError
 from attnbench.isolate import Reply, limit_host_memory
 from attnbench.record import Record, Status
 from attnbench.registry import add_plugins
+from attnbench.suite import TRAINED
 from attnbench.tasks import TASKS
+from attnbench.tasks.accuracy import run as run_trained
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -95,6 +97,8 @@ class CellRunner:
     device: str
     protocol: Protocol
     monitor: environment.Monitor | None = None
+    checkpoints: Path | None = None
+    """folder of models that are trained; None keeps none"""
     _key: tuple[Any, ...] = ()
     _inputs: tuple[inputs.Inputs, str] | None = field(default=None, repr=False)
 
@@ -125,6 +129,8 @@ class CellRunner:
 
     def run(self, case: Case) -> Record:
         """Run one case. Raises whatever the implementation raises."""
+        if case.task == TRAINED:
+            return run_trained(case, self.device, self.checkpoints)
         method, params = case.resolve()
         dtype, backward = getattr(torch, case.dtype), case.mode == "forward+backward"
         chosen, why = method.choose(case.shape, dtype, self.device, params, backward=backward, graph=case.graph)
@@ -179,16 +185,16 @@ class CellRunner:
         return timing.CudaClock(bound, cold=cold)
 
 
-def setup(device: str, protocol: Protocol, plugins: tuple[Path, ...]) -> CellRunner:
+def setup(device: str, protocol: Protocol, plugins: tuple[Path, ...], checkpoints: Path | None = None) -> CellRunner:
     """Make a worker ready: plugins, NVML, and on the CPU a memory limit and one core left to the rest of the machine."""
     add_plugins(plugins)
     if device == "cpu":
         limit_host_memory()
         if "OMP_NUM_THREADS" not in os.environ:  # a thread that waits for a busy core would be timed waiting
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
-        return CellRunner(device, protocol)
+        return CellRunner(device, protocol, checkpoints=checkpoints)
     torch.cuda.init()
-    return CellRunner(device, protocol, environment.Monitor())
+    return CellRunner(device, protocol, environment.Monitor(), checkpoints)
 
 
 def facts(device: str) -> dict[str, Any]:

@@ -35,6 +35,8 @@ class Status(StrEnum):
     """Raised, or its process died."""
     SKIPPED = "skipped"
     """Not tried, because the same series failed for size at a shorter length."""
+    DIVERGED = "diverged"
+    """Was trained, and its loss stopped being finite at every learning rate; `training` keeps the curves."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,61 @@ class Breakdown:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """One learning rate of a case that trains."""
+
+    rate: float
+    steps: int
+    """updates taken: fewer than the case allows where the target was reached or the loss was no longer finite"""
+    losses: tuple[tuple[int, float], ...]
+    """(step, mean training loss since the point before)"""
+    validation: tuple[tuple[int, float], ...]
+    """(step, accuracy on the validation split)"""
+    diverged: bool
+    tokens_per_s: float | None
+    """of training steps, data included, evaluation and the first step not; None where a run was too short to say"""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a model was trained. The rate chosen is the one with the highest validation accuracy."""
+
+    trials: tuple[Trial, ...]
+    """in the order in which they ran; once a trial reaches the target, no further rate is tried"""
+    rate: float
+    """the one chosen; NaN where all diverged"""
+    parameters: int
+    """learned numbers of the model"""
+    mixing_parameters: int
+    """those that belong to the method alone"""
+    width: int
+    """channels of the model"""
+    groups: Mapping[str, float] = field(default_factory=dict)
+    """slice of the test split, such as a number of pairs -> accuracy"""
+    group: str = ""
+    """what a slice counts"""
+    chance: float = 0.0
+    """accuracy of a guess"""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """settings of the loop that are the same for every case"""
+    data_hash: str = ""
+    """of the first training batch"""
+    pruned: tuple[float, ...] = ()
+    """layer -> share of tokens that no expert keeps, on test examples; empty for a method whose experts hold no tokens"""
+    busiest: tuple[float, ...] = ()
+    """layer -> queries of the busiest routed expert over those of a mean one; empty where nothing is routed"""
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Training:
+        """Read the JSON form."""
+        curves = ("losses", "validation")
+        trials = tuple(Trial(**{**t, **{c: tuple((int(a), float(b)) for a, b in t[c]) for c in curves}}) for t in data["trials"])
+        lists = {key: tuple(data.get(key, ())) for key in ("notes", "pruned", "busiest")}
+        return cls(**{**data, "trials": trials, **lists})
+
+
+@dataclass(frozen=True)
 class Gate:
     """The check against the float64 definition, before any timing."""
 
@@ -149,6 +206,8 @@ class Record:
     gate: Gate | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     """results of the task other than time and memory"""
+    training: Training | None = None
+    """where the task trains a model"""
     wanted_bytes: int | None = None
     """allocation that failed, for `oom`"""
     limit_s: float | None = None
@@ -161,6 +220,8 @@ class Record:
     def to_json(self) -> str:
         """One line."""
         data = {"schema": SCHEMA, "case_id": self.case.case_id, **asdict(self), "case": self.case.as_dict()}
+        if self.training is None:
+            del data["training"]
         return json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
 
     @classmethod
@@ -178,6 +239,8 @@ class Record:
         for name, kind in parts.items():
             if values.get(name) is not None:
                 values[name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values[name].items()})
+        if values.get("training") is not None:
+            values["training"] = Training.from_dict(values["training"])
         return cls(
             **{
                 **values,

@@ -17,9 +17,10 @@ from attnbench.errors import UserError, unknown
 from attnbench.inputs import PROFILES
 from attnbench.method import Shape
 from attnbench.registry import get
+from attnbench.tasks import trained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from attnbench.method import Method, Params
 
@@ -27,9 +28,16 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dtype": ("float64", "float32", "bfloat16", "float16"),
     "mode": ("forward", "forward+backward"),
     "l2": ("cold", "warm"),
-    "task": ("speed", "fidelity"),
+    "task": ("speed", "fidelity", "health", "accuracy"),
+    "positions": ("rotary", "learned", "none"),
 }
 """Values of the axes that are words."""
+
+TRAINED = "accuracy"
+"""The task that trains a model; it alone reads the fields of a case from `data` on."""
+
+CAUSAL = "causal"
+"""The axis that is no field of a case: it sets the parameter of that name of every method."""
 
 BUDGET = "budget"
 """The axis that is no field of a case: hidden units that a query is to read. It sets the parameters of every method that can follow it."""
@@ -62,6 +70,19 @@ class Case:
     """whether a captured CUDA graph is timed, which leaves launch overhead out"""
     replicate: int = 0
     """above 0: the same cell measured again, for the noise floor"""
+    data: str = ""
+    """the trained task, such as `mqar`; width is `heads` times `dim`, and `batch`, `n`, `dtype` and `seed` are those of training"""
+    steps: int = 0
+    """updates of the weights, at most"""
+    depth: int = 0
+    """blocks of the model"""
+    rates: str = ""
+    """learning rates that are tried, as in `3e-4/1e-3`"""
+    positions: str = "rotary"
+    """how the model knows where a token is"""
+    trained_with: str = ""
+    """`METHOD` or `METHOD:PARAM=VALUE:...` that the model was trained with, before this case's method took its place; empty for the
+    case's own"""
 
     @cached_property
     def case_id(self) -> str:
@@ -70,8 +91,13 @@ class Case:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON form; `Case.from_dict` reads it back."""
-        return asdict(self) | {"params": dict(self.params)}
+        """JSON form; `Case.from_dict` reads it back.
+
+        Fields of training are left out where they are at their defaults: cases of other tasks keep the ids that they had before there were
+        any.
+        """
+        plain = asdict(self) | {"params": dict(self.params)}
+        return {key: value for key, value in plain.items() if key not in _TRAINING or value != _TRAINING[key]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Case:
@@ -103,7 +129,13 @@ class Case:
         return method, method.parse(dict(self.params))
 
     def __str__(self) -> str:
-        return f"{self.label} N={self.n} {self.mode}" + (f" #{self.replicate}" if self.replicate else "")
+        what = f"{self.data} seed={self.seed}" if self.data else self.mode
+        swapped = f" trained with {self.trained_with}" if self.trained_with else ""
+        return f"{self.label} N={self.n} {what}{swapped}" + (f" #{self.replicate}" if self.replicate else "")
+
+
+_TRAINING = {f.name: f.default for f in fields(Case)[[f.name for f in fields(Case)].index("data") :]}
+"""Field of training -> its default."""
 
 
 @dataclass(frozen=True)
@@ -164,13 +196,15 @@ class Suite:
     protocol: Protocol = Protocol()
     source: str = ""
     """what `load` was asked for: a name or a path; empty means `name`"""
+    points: tuple[Mapping[str, tuple[Any, ...]], ...] = ()
+    """axes whose values belong together, as a trained task and its lengths: each is a product with `axes`, of which it may replace some"""
 
     def override(self, axes: Mapping[str, Sequence[object]], methods: Sequence[str], params: Mapping[str, Mapping[str, object]]) -> Suite:
         """The suite with other axis values, only the `methods` named (added where absent), and other method parameters.
 
         Raises `UserError`, also for a budget that no method can follow.
         """
-        merged = {**self.axes, **{_axis(k, self.name): _values(k, v, self.name) for k, v in axes.items()}}
+        changed: dict[str, tuple[Any, ...]] = {_axis(k, self.name): _values(k, v, self.name) for k, v in axes.items()}
         entries = [e for name in methods for e in self._named(name) or [Entry(name)]] if methods else list(self.methods)
         for name in params:
             if not any(name in e.names for e in entries):
@@ -178,7 +212,17 @@ class Suite:
         if BUDGET in axes and not any(get(e.name).budget for e in entries):
             names = ", ".join(dict.fromkeys(e.name for e in entries))
             raise UserError(f"suite {self.name}: the width of {names} is fixed: leave the budget out, or name a method that has one")
-        return replace(self, axes=merged, methods=tuple(e.with_params(params) for e in entries))
+        merged = {k: v for k, v in {**self.axes, **changed}.items() if not (self.points and k == "data")}
+        return replace(self, axes=merged, points=self._pointed(changed), methods=tuple(e.with_params(params) for e in entries))
+
+    def _pointed(self, changed: Mapping[str, tuple[Any, ...]]) -> tuple[Mapping[str, tuple[Any, ...]], ...]:
+        """The points with other values; of `data`, those points that have it, else the first with it."""
+        kept = []
+        for name in changed.get("data", [x for point in self.points for x in point.get("data", ())]) if self.points else ():
+            having = [point for point in self.points if name in point.get("data", ())] or [self.points[0]]
+            kept += [{**point, "data": (name,)} for point in having]
+        rest = {k: v for k, v in changed.items() if k != "data"}
+        return tuple({k: rest.get(k, v) for k, v in point.items()} for point in kept)
 
     def _named(self, name: str) -> list[Entry]:
         """Entries called exactly so, else those of the method whatever their implementation."""
@@ -194,7 +238,7 @@ class Suite:
         for entry in self.methods:
             for case, units in self._cases(entry):
                 asked.setdefault(case, []).extend([units] if units else [])
-        if self.protocol.aa and self.task == "speed":
+        if self.protocol.aa and self.task in ("speed", "health"):
             asked |= {again: asked[case] for case in list(asked) for again in self._replicates(case)}
         cases = list(asked)
         random.Random(self.name).shuffle(cases)
@@ -205,12 +249,19 @@ class Suite:
         method = get(entry.name)
         for values in itertools.product(*entry.params.values()):
             given = dict(zip(entry.params, values, strict=True))
-            for point in itertools.product(*self.axes.values()):
-                axes = dict(zip(self.axes, point, strict=True))
+            for axes in self._grid():
                 units = axes.pop(BUDGET, 0)
                 units = units if method.budget else 0
+                told = {CAUSAL: axes.pop(CAUSAL)} if CAUSAL in axes else {}
                 case = Case(task=self.task, method=method.name, implementation=method.pinned, **axes)
-                yield self._settled(case, given, units, entry.pinned), units
+                yield self._settled(case, {**told, **laid(method, case), **given}, units, entry.pinned), units
+
+    def _grid(self) -> Iterator[dict[str, Any]]:
+        """Every combination of axis values."""
+        for point in self.points or ({},):
+            axes = {**self.axes, **point}
+            for values in itertools.product(*axes.values()):
+                yield dict(zip(axes, values, strict=True))
 
     def _settled(self, case: Case, given: Mapping[str, Any], units: int, pinned: frozenset[str]) -> Case:
         """The case with its parameters: those given, then those of a budget of `units`. Raises `UserError`."""
@@ -231,7 +282,15 @@ class Suite:
             yield replace(case, replicate=1)
 
 
-_AXES = (*(f.name for f in fields(Case) if f.name not in ("task", "method", "implementation", "params", "replicate")), BUDGET)
+def laid(method: Method, case: Case) -> dict[str, str]:
+    """The grid of a trained task's tokens, for a method that asks for it. Raises `UserError` where N is no such grid."""
+    if case.task != TRAINED:
+        return {}
+    sides = trained.get(case.data).grid(case.n)
+    return {"grid": f"{sides[0]}x{sides[1]}"} if sides and any(f.name == "grid" for f in fields(method.params)) else {}
+
+
+_AXES = (*(f.name for f in fields(Case) if f.name not in ("task", "method", "implementation", "params", "replicate")), BUDGET, CAUSAL)
 
 
 def _axis(name: str, suite: str) -> str:
@@ -260,9 +319,11 @@ def _value(axis: str, item: object, suite: str) -> object:
         if str(item).partition(":")[0] not in PROFILES:
             raise unknown("profile", item, PROFILES, f"suite {suite}")
         return str(item)
-    if axis == "graph":
+    if axis in _WORDS:
+        return _WORDS[axis](str(item))
+    if axis in ("graph", CAUSAL):
         if str(item).lower() not in ("true", "false"):
-            raise UserError(f"suite {suite}: graph = {item!r} must be true or false")
+            raise UserError(f"suite {suite}: {axis} = {item!r} must be true or false")
         return str(item).lower() == "true"
     least = 0 if axis in ("seed", "kv_heads", "dim_v") else 1
     try:
@@ -272,6 +333,46 @@ def _value(axis: str, item: object, suite: str) -> object:
     if number < least or isinstance(item, bool):
         raise UserError(f"suite {suite}: {axis} = {item!r} must be a whole number of at least {least}")
     return number
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """`3e-4/1e-3` -> the learning rates, smallest first. Raises `UserError`."""
+    try:
+        found = tuple(sorted({float(x) for x in text.split("/")}))
+    except ValueError:
+        found = ()
+    if not found or not 0 < found[0] <= found[-1] < float("inf"):
+        raise UserError(f"rates = {text!r} are no learning rates: write them as 3e-4/1e-3")
+    return found
+
+
+def _rates(text: str) -> str:
+    return "/".join(f"{rate:g}" for rate in rates(text))
+
+
+def _data(text: str) -> str:
+    name = text.partition(":")[0]
+    if name not in trained.NAMES:
+        raise unknown("trained task", name, trained.NAMES)
+    return text
+
+
+def other_method(text: str) -> tuple[Method, dict[str, str]]:
+    """`mita:topk=16:landmarks=25` -> the method and the parameters given. Raises `UserError`."""
+    name, *settings = text.split(":")
+    pairs = [setting.partition("=") for setting in settings]
+    if wrong := [setting for setting, (_, equals, _) in zip(settings, pairs, strict=True) if not equals]:
+        raise UserError(f"trained_with = {text!r}: {wrong[0]!r} sets no parameter: write it as METHOD:PARAM=VALUE")
+    method, values = get(name), {key: value for key, _, value in pairs}
+    method.parse(values)
+    return method, values
+
+
+def _other(text: str) -> str:
+    return text if not text or other_method(text) else ""
+
+
+_WORDS: dict[str, Callable[[str], str]] = {"data": _data, "rates": _rates, "trained_with": _other}
 
 
 def available() -> dict[str, Path]:
@@ -295,7 +396,7 @@ def load(name: str) -> Suite:
 
 
 def _suite(name: str, data: Mapping[str, Any], path: str) -> Suite:
-    _known(data, ("title", "question", "task", "axes", "fixed", "measure", "method"), path)
+    _known(data, ("title", "question", "task", "axes", "fixed", "measure", "point", "method"), path)
     for key in ("task", "method"):
         if key not in data:
             raise UserError(f"{path} lacks {key!r}")
@@ -307,6 +408,8 @@ def _suite(name: str, data: Mapping[str, Any], path: str) -> Suite:
             if key in axes:
                 raise UserError(f"{path}: {key} stands under both [axes] and [fixed]: keep one")
             axes[_axis(key, path)] = _values(key, value, path)
+    points = tuple({_axis(k, path): _values(k, v, path) for k, v in point.items()} for point in data.get("point", ()))
+    _needs(data["task"], {**axes, **(points[0] if points else {})}, path)
     measure = data.get("measure", {})
     _known(measure, [f.name for f in fields(Protocol)], f"{path} [measure]")
     entries = []
@@ -314,7 +417,14 @@ def _suite(name: str, data: Mapping[str, Any], path: str) -> Suite:
         if "name" not in table:
             raise UserError(f"{path}: a [[method]] lacks its name")
         entries.append(Entry(table["name"], {k: _listed(v) for k, v in table.items() if k != "name"}))
-    return Suite(name, data.get("title", name), data.get("question", ""), data["task"], tuple(entries), axes, Protocol(**measure))
+    words = data.get("title", name), data.get("question", "")
+    return Suite(name, *words, data["task"], tuple(entries), axes, Protocol(**measure), points=points)
+
+
+def _needs(task: str, axes: Mapping[str, tuple[Any, ...]], path: str) -> None:
+    """Raises `UserError` where a suite that trains leaves out what training needs."""
+    if task == TRAINED and (absent := [name for name in ("data", "steps", "depth", "rates") if name not in axes]):
+        raise UserError(f"{path}: task {task} needs {', '.join(absent)}: set them under [fixed], [axes] or [[point]]")
 
 
 def _known(data: Mapping[str, Any], known: Iterable[str], path: str) -> None:

@@ -49,7 +49,7 @@ class Reporter:
     def _record(self, record: "Record", position: str) -> None:
         if self.echo:
             print(record.to_json(), flush=True)
-        failed = str(record.status) not in ("ok", "unsupported", "skipped")
+        failed = str(record.status) not in ("ok", "unsupported", "skipped", "diverged")
         if failed or not (self.quiet or self._live):
             reason = f": {'; '.join(record.reasons)}" if record.reasons else ""
             self._line(f"[{position}] {record.status} {record.case}{reason}")

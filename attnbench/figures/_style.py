@@ -44,7 +44,7 @@ _SALT = 550  # a test holds that it gives the built-in methods of one family dif
 _FILLS = ("full", "none", "left", "right", "top", "bottom")
 _DASHES: tuple[Any, ...] = ("-", (0, (5, 1.6)), (0, (1.2, 1.2)), (0, (5, 1.4, 1.2, 1.4)), (0, (3, 1, 1, 1, 1, 1)), (0, (8, 2)))
 
-LETTERS = {"oom": "O", "timeout": "T", "unsupported": "U", "incorrect": "I", "error": "E", "skipped": "S"}
+LETTERS = {"oom": "O", "timeout": "T", "unsupported": "U", "incorrect": "I", "error": "E", "skipped": "S", "diverged": "D"}
 """Failed status -> the letter that marks it in a strip above the axes."""
 
 WORDS = {
@@ -54,6 +54,7 @@ WORDS = {
     "incorrect": "failed the gate",
     "error": "error",
     "skipped": "not tried, a shorter length failed",
+    "diverged": "training diverged",
 }
 """Failed status -> what a caption says."""
 

@@ -80,12 +80,14 @@ class TinyTransformer(nn.Module):
         self.class_token = nn.Parameter(torch.empty(1, 1, a.dim)) if a.class_token else None
         self.blocks = nn.ModuleList(Block(a.dim, a.heads, a.method, **self._layer()) for _ in range(a.depth))
         self.norm, self.head = nn.LayerNorm(a.dim), nn.Linear(a.dim, a.classes)
+        if a.per_token and a.classes == a.vocabulary:
+            self.head.weight = self.embed.weight  # as language models have it: answers are tokens
         self._initialise()
 
     def _layer(self) -> dict[str, Any]:
         """Arguments of each attention layer. What the layer tells a method by itself is left to it."""
         a = self.architecture
-        own = {k: v for k, v in a.params.items() if k not in ("causal", "prefix")}
+        own = {k: v for k, v in a.params.items() if k not in {"causal", "prefix"}}
         grid: dict[str, Any] = {"grid": a.grid} if a.grid else {}
         if "grid" in own:
             grid = {"grid": own.pop("grid")}
@@ -101,7 +103,7 @@ class TinyTransformer(nn.Module):
 
     def _initialise(self) -> None:
         """Normal weights of deviation 0.02 and zero biases, as GPT-2 and ViT have; what a method owns stays as it was drawn."""
-        owned = {id(x) for block in self.blocks for x in block.attention.operator.modules()}  # type: ignore[union-attr]
+        owned = {id(x) for operator in self.operators for x in operator.modules()}
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding) and id(module) not in owned:
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -112,6 +114,11 @@ class TinyTransformer(nn.Module):
                 nn.init.trunc_normal_(x, std=0.02)
 
     @property
+    def operators(self) -> list[nn.Module]:
+        """The method's module in each block."""
+        return [block.attention.operator for block in self.blocks if isinstance(block, Block)]
+
+    @property
     def parameter_count(self) -> int:
         """Learned numbers in all."""
         return sum(x.numel() for x in self.parameters())
@@ -119,7 +126,7 @@ class TinyTransformer(nn.Module):
     @property
     def mixing_count(self) -> int:
         """Learned numbers that belong to the method alone."""
-        return sum(x.numel() for block in self.blocks for x in block.attention.operator.parameters())  # type: ignore[union-attr]
+        return sum(x.numel() for operator in self.operators for x in operator.parameters())
 
     def forward(self, inputs: Tensor, positions: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """Class scores: `[B, classes]`, the mean over tokens where `mask [B, N]` is set; or a row for each token.

@@ -84,4 +84,5 @@ TASK = TrainedTask(
     batch=batch,
     group="class",
     examples=SIZES["train"],
+    held_out=SIZES["test"],
 )

@@ -83,6 +83,9 @@ class TrainedTask:
     examples: int = 0
     """training examples there are, for a finite data set; 0 where they are drawn without end"""
 
+    held_out: int = 0
+    """examples of the validation split and of the test split, the smaller number, for a finite data set; 0 where they are drawn"""
+
     def forms(self) -> tuple[bool, ...]:
         """Values of `causal` that it can be asked with."""
         return (False, True) if self.causal == "both" else (bool(self.causal),)
@@ -102,8 +105,12 @@ def square(n: int) -> tuple[int, int]:
 
 
 def get(name: str) -> TrainedTask:
-    """The task `name`, its module imported now. Raises `UserError`."""
+    """The task `name`, or `name:PATH` where it reads a folder; its module is imported now. Raises `UserError`."""
+    name, _, path = name.partition(":")
     if name not in NAMES:
         raise unknown("trained task", name, NAMES)
-    task: TrainedTask = import_module(f"attnbench.tasks.{name}").TASK
+    module = import_module(f"attnbench.tasks.{name}")
+    if path and not hasattr(module, "open_folder"):
+        raise UserError(f"task {name} reads no folder: leave out {path}")
+    task: TrainedTask = module.open_folder(path).task if path else module.TASK
     return task

@@ -1,0 +1,62 @@
+"""Checkpoints: written atomically, read only where they are of the same model and recipe."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnbench.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FORMAT = 1
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Replace `path` by `state`, so that at any moment it is the old file or the new one.
+
+    Raises `UserError` where it cannot be written; the old file is then as it was.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    fresh = path.with_name(path.name + ".new")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with fresh.open("wb") as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        fresh.replace(path)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was: free space and run again") from None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What `save` wrote, on the CPU. Raises `UserError` for a file that is damaged or of another format."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
+        raise UserError(f"{path} is no checkpoint, or is damaged: delete it to train from the start") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is no checkpoint of this version: delete it to train from the start")
+    return state
+
+
+def hold(path: Path, what: str, differences: list[str]) -> None:
+    """Raises `UserError` where a checkpoint is of another `what`: the first few differences, in one line."""
+    if differences:
+        raise UserError(f"{path} is of another {what} ({'; '.join(differences[:3])}): delete it, or train into another folder")
+
+
+def hold_weights(wrong: list[str]) -> None:
+    """Raises `UserError` where weights of a state and a model do not match, by the first few names."""
+    if wrong:
+        raise UserError(f"weights are of another model ({', '.join(wrong[:3])}): give both the same width, depth, N and positions")

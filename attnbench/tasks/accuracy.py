@@ -1,0 +1,251 @@
+"""Accuracy that is earned: a small transformer learns a task with a method, or is trained with one and evaluated with another."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from attnbench import checkpoint
+from attnbench.batches import prepared
+from attnbench.nn import Architecture, TinyTransformer
+from attnbench.record import Record, Status, Training, Trial
+from attnbench.suite import laid, other_method, rates
+from attnbench.tasks import routing, trained
+from attnbench.train import Fit, Recipe, Score, Trainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from attnbench.suite import Case
+    from attnbench.tasks.trained import TrainedTask
+
+_DTYPES = ("float32", "bfloat16")
+_SHARED = ("warmup", "weight_decay", "betas", "clip", "evaluations", "validated", "tested", "target")
+"""settings of the recipe that are the same for every case"""
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """What training a case led to."""
+
+    fits: tuple[Fit, ...]
+    best: int | None
+    """number of the fit chosen; None where all diverged"""
+    state: dict[str, Tensor]
+    """weights of it, on the CPU"""
+
+
+def run(case: Case, device: str, folder: Path | None = None) -> Record:
+    """Train and test one case, with checkpoints under `folder` where it is given.
+
+    Metrics: `accuracy` and `test_loss` on the test split, `train_tokens_per_s`, `parameters`, and with `trained_with` also
+    `accuracy_before`, that of the model as it was trained. Raises `UserError` for a case that asks for no task or for one that does not
+    fit N.
+    """
+    task = trained.get(case.data)
+    if why := reasons(case, task, device):
+        return Record(case, Status.UNSUPPORTED, "", reasons=tuple(why))
+    return _swapped(case, task, device, folder) if case.trained_with else _trained(case, task, device, folder)
+
+
+def reasons(case: Case, task: TrainedTask, device: str) -> list[str]:
+    """Why a method cannot be trained on a task; empty where it can."""
+    method, params = case.resolve()
+    found = [] if case.dtype in _DTYPES else [f"models train in {' or '.join(_DTYPES)}, not in {case.dtype}"]
+    if params.causal not in task.forms():
+        need, have = ("causal", "reads later tokens") if task.causal else ("bidirectional", "reads no later token")
+        found.append(f"{task.name} is a {need} task, and {case.label} with causal = {str(params.causal).lower()} {have}")
+    chosen, why = method.choose(case.shape, getattr(torch, case.dtype), device, params, backward=not case.trained_with)
+    return found + ([] if chosen else why)
+
+
+def architecture(case: Case, task: TrainedTask) -> Architecture:
+    """The model of a case."""
+    params = dict(case.params)
+    return Architecture(
+        method=case.label,
+        params=params,
+        vocabulary=task.vocabulary,
+        features=task.features,
+        classes=task.classes,
+        tokens=case.n,
+        grid=task.grid(case.n),
+        dim=case.heads * case.dim,
+        heads=case.heads,
+        depth=case.depth,
+        positions=case.positions,  # type: ignore[arg-type]
+        causal=bool(params.get("causal", False)),
+        per_token=task.per_token,
+    )
+
+
+def recipe(case: Case, rate: float) -> Recipe:
+    """How a case is trained at one learning rate."""
+    return Recipe(steps=case.steps, rate=rate, batch=case.batch, n=case.n, seed=case.seed, autocast=case.dtype == "bfloat16")
+
+
+def _model(case: Case, task: TrainedTask) -> TinyTransformer:
+    """Freshly initialised from the case's seed; torch's random state goes on from there."""
+    torch.manual_seed(case.seed)
+    return TinyTransformer(architecture(case, task))
+
+
+def _train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> _Outcome:
+    """One model a learning rate, until one reaches the target; the best on the validation split is kept."""
+    fits: list[Fit] = []
+    best: tuple[float, int] | None = None
+    state: dict[str, Tensor] = {}
+    for rate in rates(case.rates):
+        own = recipe(case, rate)
+        path = folder / case.case_id / f"{rate:g}.pt" if folder else None
+        trainer = Trainer(_model(case, task), task, own, device, path)
+        fit = trainer.run()
+        fits.append(fit)
+        if not fit.diverged and (best is None or fit.reached > best[0]):
+            best = fit.reached, len(fits) - 1
+            state = {name: x.detach().cpu().clone() for name, x in trainer.model.state_dict().items()}
+        if fit.reached >= own.target:
+            break
+    return _Outcome(tuple(fits), best[1] if best else None, state)
+
+
+def _trained(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Record:
+    outcome = _train(case, task, device, folder)
+    record = _tested(case, task, device, outcome)
+    if folder:
+        shutil.rmtree(folder / case.case_id, ignore_errors=True)
+    return record
+
+
+def _tested(case: Case, task: TrainedTask, device: str, outcome: _Outcome) -> Record:
+    """The record of a case, its best model judged on the test split."""
+    model = _model(case, task)
+    training = _training(case, task, model, outcome)
+    record = Record(
+        case, Status.OK, "", _implementation(case, device), learned=model.mixing_count, input_hash=training.data_hash, training=training
+    )
+    if outcome.best is None:
+        return replace(record, status=Status.DIVERGED, reasons=("loss not finite at every learning rate",))
+    model.load_state_dict(outcome.state)
+    score, training = _judged(model, case, task, device, training)
+    speed = training.trials[outcome.best].tokens_per_s
+    metrics = {"accuracy": score.accuracy, "test_loss": score.loss, "parameters": float(training.parameters)}
+    metrics |= {} if speed is None else {"train_tokens_per_s": speed}
+    return replace(record, training=training, metrics=metrics)
+
+
+def _judged(model: TinyTransformer, case: Case, task: TrainedTask, device: str, training: Training) -> tuple[Score, Training]:
+    """Score on the test split, and the training record with its slices and the routing of the model."""
+    settings = recipe(case, 1.0)
+    trainer = Trainer(model, task, settings, device)
+    score = trainer.evaluate("test")
+    with torch.autocast(device, torch.bfloat16, enabled=settings.autocast):
+        layers = routing.layers(model, prepared(task, "test", 0, settings).to(device))
+    return score, replace(
+        training,
+        groups=score.groups,
+        pruned=tuple(x for layer in layers if (x := layer.pruned) is not None),
+        busiest=tuple(x for layer in layers if (x := layer.busiest) is not None),
+    )
+
+
+def _training(case: Case, task: TrainedTask, model: TinyTransformer, outcome: _Outcome) -> Training:
+    settings = recipe(case, 1.0)
+    return Training(
+        trials=tuple(_trial(case, fit) for fit in outcome.fits),
+        rate=float("nan") if outcome.best is None else outcome.fits[outcome.best].rate,
+        parameters=model.parameter_count,
+        mixing_parameters=model.mixing_count,
+        width=case.heads * case.dim,
+        group=task.group,
+        chance=task.chance,
+        recipe={name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items() if name in _SHARED},
+        data_hash=task.batch("train", 0, case.batch, case.n, case.seed).digest,
+        notes=tuple(dict.fromkeys(note for fit in outcome.fits for note in fit.notes)),
+    )
+
+
+def _trial(case: Case, fit: Fit) -> Trial:
+    speed = fit.timed * case.batch * case.n / fit.seconds if fit.seconds > 0 else None
+    return Trial(fit.rate, fit.step, tuple(fit.losses), tuple(fit.validation), fit.diverged, speed)
+
+
+def _implementation(case: Case, device: str) -> str:
+    method, params = case.resolve()
+    chosen, _ = method.choose(case.shape, getattr(torch, case.dtype), device, params, backward=not case.trained_with)
+    return chosen.name if chosen else ""
+
+
+def base(case: Case) -> Case:
+    """The case whose model a swap-in takes over. Raises `UserError` for parameters that make no sense."""
+    method, values = other_method(case.trained_with)
+    plain = replace(case, method=method.name, implementation=method.pinned, trained_with="")
+    told: dict[str, Any] = {"causal": dict(case.params).get("causal", False), **laid(method, plain), **values}
+    return replace(plain, params=tuple(sorted(method.parse(told).as_dict().items())))
+
+
+def _swapped(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Record:
+    """Train with one method, or take the model that an earlier cell left, and test with another in its place."""
+    origin = base(case)
+    if why := reasons(origin, task, device):
+        return Record(case, Status.UNSUPPORTED, "", reasons=tuple(f"trained with {case.trained_with}: {reason}" for reason in why))
+    outcome, before = _base_model(origin, task, device, folder)
+    if outcome.best is None:
+        reason = f"trained with {case.trained_with}: loss not finite at every learning rate"
+        return Record(case, Status.DIVERGED, "", reasons=(reason,), training=_training(origin, task, _model(origin, task), outcome))
+    model = _model(case, task)
+    fresh = transplant(outcome.state, model)
+    score, training = _judged(model, case, task, device, _training(case, task, model, outcome))
+    notes = (f"not trained, as initialised: {', '.join(fresh[:4])}",) if fresh else ()
+    metrics = {"accuracy": score.accuracy, "accuracy_before": before, "test_loss": score.loss, "parameters": float(training.parameters)}
+    return Record(
+        case,
+        Status.OK,
+        "",
+        _implementation(case, device),
+        learned=model.mixing_count,
+        input_hash=training.data_hash,
+        training=replace(training, notes=training.notes + notes),
+        metrics=metrics,
+    )
+
+
+def transplant(state: dict[str, Tensor], model: TinyTransformer) -> list[str]:
+    """Load all that models share, and return the names of what the model's own method learns and the state lacks.
+
+    Learned weights of the method that trained the state are left out. Raises `UserError` where anything else differs.
+    """
+    own, owned = model.state_dict(), ".attention.operator."
+    shared = {name: x for name, x in state.items() if owned not in name}
+    wrong = [name for name, x in own.items() if owned not in name and (name not in shared or shared[name].shape != x.shape)]
+    wrong += [name for name in shared if name not in own]
+    checkpoint.hold_weights(wrong)
+    kept = {name: x for name, x in state.items() if owned in name and name in own and own[name].shape == x.shape}
+    model.load_state_dict({**own, **kept, **shared})
+    return [name for name in own if owned in name and name not in kept]
+
+
+def _base_model(origin: Case, task: TrainedTask, device: str, folder: Path | None) -> tuple[_Outcome, float]:
+    """The trained model that swap-ins share, and its accuracy; written once, read by later cells."""
+    path = folder / f"{origin.case_id}.pt" if folder else None
+    if path and path.exists():
+        found = checkpoint.load(path)
+        checkpoint.hold(path, "architecture", architecture(origin, task).differences(found["architecture"]))
+        fits = tuple(Fit(**fit) for fit in found["fits"])
+        return _Outcome(fits, found["best"], found["model"]), float(found["accuracy"])
+    outcome = _train(origin, task, device, folder)
+    if outcome.best is None:
+        return outcome, 0.0
+    model = _model(origin, task)
+    model.load_state_dict(outcome.state)
+    accuracy = Trainer(model, task, recipe(origin, 1.0), device).evaluate("test").accuracy
+    if path and folder:
+        form = {"architecture": architecture(origin, task).as_dict(), "model": outcome.state, "best": outcome.best, "accuracy": accuracy}
+        checkpoint.save(path, {**form, "fits": [asdict(fit) for fit in outcome.fits]})
+        shutil.rmtree(folder / origin.case_id, ignore_errors=True)
+    return outcome, accuracy
