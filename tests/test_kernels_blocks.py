@@ -7,9 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated
+from triton_support import DEVICE, interpreter  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import attnbench
@@ -20,33 +18,8 @@ from attnbench.kernels.blocks import attend_blocks, attend_regions, route_blocks
 from attnbench.kernels.compress import Selection, attend_compressed
 from attnbench.method import Shape
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 1.5e-3, torch.bfloat16: 1.5e-2}
 on_a_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    """Triton 3.6's interpreter multiplies bfloat16 bit patterns, and turns no 1-element array into an index under NumPy 2.4."""
-    if DEVICE == "cuda":
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter as module
-
-    def wide(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return module.TensorHandle(module._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
-
-    dot, patch = module.InterpreterBuilder.create_dot, module._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(module, "_patch_lang_tensor", patched)
-    monkeypatch.setattr(module.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
 
 
 def inputs(b=1, h=2, hk=None, *, n=70, d=32, dv=None, dtype=torch.float32):

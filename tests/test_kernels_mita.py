@@ -1,44 +1,15 @@
 """The fused MiTA kernels: in Triton's interpreter where there is no GPU, else on the GPU, against float64 autograd."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated
+from triton_support import DEVICE, interpreter  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from attnbench.kernels.mita import _forward as launches
 from attnbench.kernels.mita import mita_attention, supported
 from attnbench.kernels.mita._operator import mita_forward
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    """Triton 3.6's interpreter multiplies bfloat16 bit patterns, and turns no 1-element array into an index under NumPy 2.4."""
-    if DEVICE == "cuda":
-        return
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime import interpreter as module
-
-    def wide(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return module.TensorHandle(module._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
-
-    dot, patch = module.InterpreterBuilder.create_dot, module._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(module, "_patch_lang_tensor", patched)
-    monkeypatch.setattr(module.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
 
 
 def inputs(b=1, h=2, n=60, d=32, *, hk=None, dv=None, dtype=torch.float32, seed=0):

@@ -1,19 +1,13 @@
 """Weighted sums of rows: in Triton's interpreter where there is no GPU, else on the GPU, against float64 autograd of the sum itself."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated
+from triton_support import DEVICE, interpreter  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import attnbench
 from attnbench.kernels.rows import mix_rows
 from attnbench.method import Shape
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

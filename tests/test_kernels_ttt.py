@@ -1,35 +1,13 @@
 """The fused TTT kernels: in Triton's interpreter where there is no GPU, else on the GPU, against float64 autograd of the definition."""
 
-import os
-
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are decorated
+from triton_support import DEVICE, interpreter  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import attnbench
 from attnbench.kernels import ttt as kernels
 from attnbench.method import Shape
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def interpreter(monkeypatch):
-    """Triton 3.6's interpreter turns no 1-element array into an index under NumPy 2.4."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter as module
-
-    patch = module._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(module, "_patch_lang_tensor", patched)
 
 
 def case(n, minibatch, *, kv_heads=2, dim=16, dtype=torch.float32, seed=0):

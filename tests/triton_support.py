@@ -1,0 +1,35 @@
+"""What tests of Triton kernels share: the device they run on, and Triton's interpreter made to run them where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+"""On the CPU kernels run in the interpreter; conftest.py asks for it before anything imports Triton."""
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6's interpreter multiplies bfloat16 bit patterns, and turns no 1-element array into an index under NumPy 2.4."""
+    if DEVICE == "cuda":
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter as module
+
+    def wide(x: Any) -> Any:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return module.TensorHandle(module._convert_float(x.data, tl.bfloat16, tl.float32, None).view(np.float32), tl.float32)
+
+    dot, patch = module.InterpreterBuilder.create_dot, module._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(module, "_patch_lang_tensor", patched)
+    monkeypatch.setattr(module.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
