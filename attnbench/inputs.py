@@ -71,11 +71,60 @@ def _local(shape: Shape, g: Generator) -> Inputs:
     return turned(q), turned(k), v
 
 
+_TOPICS = 64
+"""directions of routed profiles, fewer where there are fewer tokens"""
+
+
+def _routed(shape: Shape, g: Generator, weight: Callable[[Tensor], Tensor], slope: float) -> Inputs:
+    """Queries and keys that each point along one of up to 64 random directions, by contiguous runs; values are noise.
+
+    The keys' runs are equally long; the queries' follow `weight` of the direction's rank, from 1. Vectors are `4 D^(1/4)` long, which
+    makes a logit of 16 along a common direction, times `1 + slope` at the first token, falling to 1 at the last: among experts of one
+    direction the first wins.
+    """
+    q, k, v = _normal(shape, g)
+    topics = min(_TOPICS, shape.keys, shape.n)
+    centres = torch.nn.functional.normalize(torch.randn(shape.batch, shape.kv_heads, topics, shape.dim, generator=g), dim=-1)
+    share = weight(torch.arange(1, topics + 1, dtype=torch.float64))
+    ends = (share.cumsum(0) / share.sum()).contiguous()
+    of_key = torch.arange(shape.keys) * topics // shape.keys
+    of_query = torch.searchsorted(ends, (torch.arange(shape.n, dtype=torch.float64) + 0.5) / shape.n).clamp(max=topics - 1)
+    own = centres.repeat_interleave(shape.heads // shape.kv_heads, 1)
+    return _pointed(q, own[:, :, of_query], slope), _pointed(k, centres[:, :, of_key], slope), v
+
+
+def _pointed(noise: Tensor, directions: Tensor, slope: float) -> Tensor:
+    n, dim = noise.shape[2:]
+    length = 4 * dim**0.25 * (1 + slope * (1 - torch.arange(n) / max(1, n - 1)))
+    pointed: Tensor = 0.1 * noise + length[:, None] * directions
+    return pointed
+
+
+def _balanced(shape: Shape, g: Generator) -> Inputs:
+    """Every expert is the nearest of about as many queries: 64 directions, each of as many queries as keys."""
+    return _routed(shape, g, torch.ones_like, 0.0)
+
+
+def _skewed(shape: Shape, g: Generator) -> Inputs:
+    """Queries follow Zipf's law: the direction of rank r is that of a share of them in proportion to 1 / r."""
+    return _routed(shape, g, torch.reciprocal, 1.0)
+
+
+def _adversarial(shape: Shape, g: Generator) -> Inputs:
+    """All queries are nearest to the same expert: one direction, along which the first keys and landmarks reach furthest."""
+    q, k, v = _normal(shape, g)
+    centre = torch.nn.functional.normalize(torch.randn(shape.batch, shape.kv_heads, 1, shape.dim, generator=g), dim=-1)
+    return _pointed(q, centre.repeat_interleave(shape.heads // shape.kv_heads, 1), 1.0), _pointed(k, centre, 1.0), v
+
+
 PROFILES: dict[str, Callable[[Shape, Generator], Inputs] | None] = {
     "randn": _normal,
     "clustered": _clustered,
     "needle": _needle,
     "local": _local,
+    "balanced": _balanced,
+    "skewed": _skewed,
+    "adversarial": _adversarial,
     "file": None,
 }
 """Profile name -> generator; `file:PATH` reads q, k, v from a .safetensors file."""

@@ -97,6 +97,10 @@ METRICS: dict[str, Metric] = {
         Metric("rel_error", "rel_error", "relative error against softmax", "", "lower"),
         Metric("cosine", "cosine", "cosine with softmax", "", "higher", "linear"),
         Metric("mass_recalled", "mass_recalled", "softmax mass recalled", "", "higher", "linear"),
+        Metric("load_entropy", "load_entropy", "entropy of expert load / log E", "", "higher", "linear"),
+        Metric("max_load", "max_load", "load share of the busiest expert", "", "lower"),
+        Metric("pruned", "pruned", "tokens that no routed expert keeps", "", "lower", "linear"),
+        Metric("duplicates", "duplicates", "places in experts that repeat a token", "", "lower", "linear"),
         Metric("top1_agreement", "top1_agreement", "top-1 agreement with softmax", "", "higher", "linear"),
     )
 }

@@ -24,7 +24,7 @@ CONDITIONS = ("batch", "heads", "kv_heads", "dim", "dim_v", "dtype", "l2", "grap
 """Columns that must be equal within one picture, beside suite, device and task."""
 
 INPUTS = ("profile", "seed")
-"""Conditions that the fidelity task varies within one picture."""
+"""Conditions that the tasks fidelity and health vary within one picture."""
 
 SHORT = {"batch": "B", "heads": "H", "kv_heads": "Hkv", "dim": "D", "dim_v": "Dv"}
 """Condition -> its axis letter."""
@@ -42,7 +42,7 @@ class Group(NamedTuple):
 def groups(table: pd.DataFrame) -> Iterator[Group]:
     """Split a table by device, suite, task and conditions: nothing is ever pooled over these."""
     for (suite, device, task), rows in table.groupby(["suite", "device", "task"], sort=True):
-        keys = [c for c in CONDITIONS if not (task == "fidelity" and c in INPUTS)]
+        keys = [c for c in CONDITIONS if not (task in ("fidelity", "health") and c in INPUTS)]
         vary = [c for c in keys if rows[c].nunique() > 1]
         for values, part in rows.groupby(vary, sort=True) if vary else [((), rows)]:
             extra = [device_slug(f"{SHORT.get(c, c)}{v}") for c, v in zip(vary, values, strict=True)]

@@ -64,7 +64,7 @@ def escape(text: str) -> str:
 
 
 def report(table: pd.DataFrame, lengths: Sequence[int] | None = None) -> list[Table]:
-    """All tables of a results table: speed first, one a mode, then fidelity. `lengths` limits the columns to these N."""
+    """All tables of a results table: speed first, one a mode, then fidelity and routing health. `lengths` limits the columns to these N."""
     if table.empty:
         return []
     rows = frame.current(table)
@@ -75,6 +75,7 @@ def report(table: pd.DataFrame, lengths: Sequence[int] | None = None) -> list[Ta
             modes = [m for m in CHOICES["mode"] if (group.rows["mode"] == m).any()]
             found += [_speed(group, mode, accuracy, lengths) for mode in modes]
         found += [_fidelity(group, lengths) for group in series.groups(accuracy)]
+        found += [_health(group, lengths) for group in series.groups(part[part["task"] == "health"])]
     return [t for t in found if len(t.header) > 2]
 
 
@@ -229,3 +230,39 @@ def _distance(cell: pd.DataFrame) -> str:
     text = f"{stats.median(cell['rel_error'].tolist()):.2g}"
     mass = cell["mass_recalled"].dropna().tolist() if "mass_recalled" in cell else []
     return f"{text} [{stats.median(mass):.0%}]" if mass else text
+
+
+_HEALTH = {
+    "load_entropy": "load entropy", "max_load": "busiest expert", "pruned": "pruned", "duplicates": "duplicates",
+    "mass_recalled": "mass recalled",
+}  # fmt: skip
+_EVEN = "balanced"
+"""Input profile against which the others' times are held."""
+
+
+def _health(group: series.Group, lengths: Sequence[int] | None) -> Table:
+    """A row for each method and input profile, at the longest length."""
+    rows = group.rows[group.rows["replicate"] == 0]
+    wanted = _wanted(rows, lengths)
+    rows, again = rows[rows["n"] == max(wanted, default=0)], series.pairs(group.rows)
+    lines = []
+    for name, part in _named(rows):
+        by_profile = {str(row["profile"]): row for row in _dicts(part)}
+        even = by_profile.get(_EVEN)
+        base = even if even and even["status"] == "ok" else None
+        for profile in series.panel_order(by_profile):
+            row = by_profile[profile]
+            lines.append((*_head(name, part), profile, _time(row, base, again), *(_share(row.get(column)) for column in _HEALTH)))
+    noise = series.noise(group.rows)
+    caption = (
+        f"{series.describe(rows)}. {series.settings(rows)}Time per call: median [interquartile range] in ms, and speed-up over {_EVEN} "
+        f"inputs; {ABOUT} where the two are not separable ({f'noise floor {noise}' if noise else 'noise floor not measured'}). "
+        "Load entropy over log E; shares of queries that the busiest expert serves, of tokens that no routed expert keeps, "
+        "of places in experts that repeat a token, and of softmax mass that queries read."
+    )
+    header = ("method", "family", "inputs", f"N={max(wanted, default=0)} (ms)", *_HEALTH.values())
+    return Table(f"{group.suite}-{group.place}-health", caption, header if lines else header[:2], tuple(lines))
+
+
+def _share(value: Any) -> str:
+    return NONE if value is None or value != value else figures(float(value), 2)  # noqa: PLR0124 (NaN)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from attnbench.tasks import fidelity
+from attnbench.tasks import fidelity, health
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,5 +18,6 @@ def speed(*_: object, **__: object) -> dict[str, float]:
 TASKS: dict[str, Callable[..., dict[str, float]]] = {
     "speed": speed,
     "fidelity": fidelity.measure,
+    "health": health.measure,
 }
 """Task -> `(method, params, inputs, weights, *, forward, layout) -> metrics`; `forward` runs the implementation in its own layout."""
