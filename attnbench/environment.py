@@ -35,7 +35,7 @@ PACKAGES = {
     "safetensors": "pip install 'attnbench[files]'",
     "timm": "pip install timm",
     "transformers": "pip install transformers",
-    "ray": "pip install ray",
+    "ray": "pip install 'attnbench[ray]'",
     "nvidia-ml-py": "pip install 'attnbench[cuda]' (clocks, power, throttling)",
 }
 """Distribution -> how to get it, empty where attnbench requires it."""

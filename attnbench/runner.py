@@ -1,14 +1,12 @@
-"""A sweep: the cases of a suite, each in a worker process, each attempt a record on disk before the next begins."""
+"""A sweep: the cases of a suite, each in a worker process, each attempt a record on disk as soon as it ends."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from attnbench import breakdown, cell, environment, store
-from attnbench.isolate import Worker, WorkerDiedError, WorkerHungError
+from attnbench import environment, executor, store
 from attnbench.record import Record, Status
 from attnbench.suite import Case
 
@@ -16,10 +14,14 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from attnbench.record import Breakdown
+    from attnbench.executor import Executor
+    from attnbench.shard import Shard
     from attnbench.suite import Suite
 
+CHECKPOINTS = ".checkpoints"
+"""Folder of a suite's results where models lie that are being trained, and those that other cells need."""
 _TOO_LARGE = (Status.OOM, Status.TIMEOUT)
+_NO_FAULT = (Status.OK, Status.UNSUPPORTED, Status.SKIPPED, Status.DIVERGED)
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Summary:
 
     @property
     def failed(self) -> int:
-        """Attempts that were neither measured, nor refused by limits, nor skipped for size."""
-        return sum(n for status, n in self.counts.items() if status not in (Status.OK, Status.UNSUPPORTED, Status.SKIPPED))
+        """Attempts that were neither measured, nor refused by limits, nor skipped for size, nor trained in vain."""
+        return sum(n for status, n in self.counts.items() if status not in _NO_FAULT)
 
 
 def sweep(
@@ -60,27 +62,29 @@ def sweep(
     resume: bool = False,
     retry: bool = False,
     plugins: Sequence[Path] = (),
+    shard: Shard | None = None,
+    place: Executor | None = None,
     tell: Callable[[Event], None] = lambda _: None,
 ) -> Summary:
-    """Run every case of `suite` and store a record of each under `results/<suite>/<device>/`.
+    """Run every case of `suite`, or of a `shard` of it, and store a record of each under `results/<suite>/<device>/`.
 
     With `resume`, cells that earlier runs settled on this very environment are left alone (`retry`: only those that were measured or
-    unsupported), but where the protocol asks for a breakdown, those measured without one are measured again. Raises `UserError` before
-    anything runs where the suite or the folder is at fault; a failing cell is a record.
+    unsupported), but where the protocol asks for a breakdown, those measured without one are measured again. Cells run on this machine
+    unless `place` says where. Raises `UserError` before anything runs where the suite or the folder is at fault; a failing cell is
+    a record.
     """
-    cases = suite.planned()
-    worker, profiled = (Worker(job, (device, suite.protocol, tuple(plugins))) for job in (cell.setup, breakdown.setup))
+    planned = suite.planned()
+    cases = shard.take(planned) if shard else planned
+    place = place or executor.Local(executor.Cells(device, suite.protocol, tuple(plugins), results / suite.name / CHECKPOINTS))
     try:
-        facts = worker.run(cell.ENVIRONMENT, 600)
+        facts = place.start()
         with store.Store(store.folder(results, suite.name, facts["device"])) as target:
-            for note in target.notes:
-                tell(Event("note", 0, len(cases), message=note))
+            place.notes[:0] = target.notes
             env_id = facts.pop("env_id")
             target.save_environment(env_id, facts)
-            return _Sweep(suite, device, env_id, worker, profiled, target, tell, tuple(plugins), cases).run(resume=resume, retry=retry)
+            return _Sweep(suite, device, env_id, place, target, tell, tuple(plugins), cases).run(resume=resume, retry=retry)
     finally:
-        worker.stop()
-        profiled.stop()
+        place.stop()
 
 
 @dataclass
@@ -88,83 +92,90 @@ class _Sweep:
     suite: Suite
     device: str
     env_id: str
-    worker: Worker
-    profiled: Worker
-    """takes cells apart; another process, because a profiler that was once on may slow down what is timed later"""
+    place: Executor
     target: store.Store
     tell: Callable[[Event], None]
     plugins: tuple[Path, ...]
     cases: Mapping[Case, tuple[int, ...]]
     """each cell, and the budgets that it is the answer to"""
     exhausted: dict[str, Record] = field(default_factory=dict)
-    """series -> the record of the length at which it failed for size"""
+    """series -> the record of the least length at which it failed for size"""
 
-    @property
-    def total(self) -> int:
-        """Cells."""
-        return len(self.cases)
+    def __post_init__(self) -> None:
+        self.summary = Summary(self.target.path)
+        self.series = {case: store.series_of(case) for case in self.cases}
 
     def run(self, *, resume: bool, retry: bool) -> Summary:
-        """Run them in order."""
-        summary = Summary(self.target.path)
-        settled = store.done(self.target.records(), self.env_id, self.suite.protocol.timeout_s) if resume else {}
+        """Run them in order, as many at once as the place takes, but the lengths of one series one after another."""
+        waiting = dict.fromkeys(self._left(self._settled(retry=retry) if resume else {}))
+        busy: set[str] = set()
+        while waiting or busy:
+            self._pass_on_notes()
+            case = next((c for c in waiting if self.series[c] not in busy), None) if self.place.free else None
+            if case is None:
+                for record in self.place.wait():
+                    busy.discard(self.series[record.case])
+                    self._finish(record)
+                continue
+            del waiting[case]
+            self.tell(Event("start", self._finished, len(self.cases), case))
+            if skipped := self._skip(case):
+                self._finish(skipped)
+            else:
+                self.place.submit(case)
+                busy.add(self.series[case])
+        self._pass_on_notes()
+        return self.summary
+
+    def _settled(self, *, retry: bool) -> dict[str, Record]:
+        """What earlier runs need not have done again, by case."""
+        settled = store.done(self.target.records(), self.env_id, self.suite.protocol.timeout_s)
         if retry:
             settled = {key: r for key, r in settled.items() if r.status not in _TOO_LARGE}
         if self.suite.protocol.breakdown:
             settled = {key: r for key, r in settled.items() if r.breakdown or r.status is not Status.OK}
-        for index, case in enumerate(self.cases):
+        return settled
+
+    def _left(self, settled: Mapping[str, Record]) -> list[Case]:
+        for case in self.cases:
             if case.case_id in settled:
-                summary.resumed += 1
+                self.summary.resumed += 1
                 self._remember(settled[case.case_id])
-                continue
-            self.tell(Event("start", index, self.total, case))
-            record = self._attempt(case)
-            self._remember(record)
-            self.target.append(record)
-            summary.counts[record.status] += 1
-            summary.records.append(record)
-            self.tell(Event("record", index + 1, self.total, case, record))
-        return summary
+        return [case for case in self.cases if case.case_id not in settled]
+
+    @property
+    def _finished(self) -> int:
+        return self.summary.resumed + len(self.summary.records)
+
+    def _pass_on_notes(self) -> None:
+        while self.place.notes:
+            self.tell(Event("note", self._finished, len(self.cases), message=self.place.notes.pop(0)))
+
+    def _finish(self, record: Record) -> None:
+        """Complete the record, and write it before anything else happens."""
+        case = record.case
+        asked = self.cases[case]
+        source = self.suite.source or self.suite.name
+        record = replace(record, env_id=self.env_id, command=command(source, case, self.device, self.plugins, asked), budget=asked)
+        self._remember(record)
+        self.target.append(record)
+        self.summary.counts[record.status] += 1
+        self.summary.records.append(record)
+        self.tell(Event("record", self._finished, len(self.cases), case, record))
 
     def _remember(self, record: Record) -> None:
         if record.status in _TOO_LARGE:
-            self.exhausted.setdefault(store.series_of(record.case), record)
-
-    def _attempt(self, case: Case) -> Record:
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        record = self._skip(case) or self._run(case)
-        return replace(
-            record,
-            env_id=self.env_id,
-            started=started,
-            commit=environment.commit(),
-            command=command(self.suite.source or self.suite.name, case, self.device, self.plugins, self.cases[case]),
-            budget=self.cases[case],
-        )
+            key = store.series_of(record.case)
+            before = self.exhausted.get(key)
+            if before is None or record.case.n < before.case.n:
+                self.exhausted[key] = record
 
     def _skip(self, case: Case) -> Record | None:
-        before = self.exhausted.get(store.series_of(case))
+        before = self.exhausted.get(self.series[case])
         if before is None or before.case.n > case.n:
             return None
-        return Record(case, Status.SKIPPED, self.env_id, reasons=(f"{before.status} at N = {before.case.n}",))
-
-    def _run(self, case: Case) -> Record:
-        limit = self.suite.protocol.timeout_s
-        try:
-            record: Record = self.worker.run(case, limit)
-        except WorkerHungError as error:
-            return Record(case, Status.TIMEOUT, self.env_id, reasons=(str(error),), limit_s=limit)
-        except WorkerDiedError as error:
-            return Record(case, Status.ERROR, self.env_id, reasons=(str(error),))
-        return self._taken_apart(record) if self.suite.protocol.breakdown and record.status is Status.OK else record
-
-    def _taken_apart(self, record: Record) -> Record:
-        """The record with a breakdown, or with the reason why there is none; its measurements stand either way."""
-        try:
-            parts: Breakdown | str = self.profiled.run(record, self.suite.protocol.timeout_s)
-        except (WorkerHungError, WorkerDiedError) as error:
-            parts = str(error)
-        return replace(record, reasons=(f"no breakdown: {parts}",)) if isinstance(parts, str) else replace(record, breakdown=parts)
+        reasons = (f"{before.status} at N = {before.case.n}",)
+        return Record(case, Status.SKIPPED, "", reasons=reasons, started=executor.now(), commit=environment.commit())
 
 
 _DEFAULTS = {f.name: f.default for f in fields(Case)}
@@ -185,7 +196,8 @@ def command(suite: str, case: Case, device: str, plugins: Sequence[Path] = (), b
     ]
     words += ["--budget", f"keys={','.join(map(str, budgets))}"] if budgets else []
     for name in axes:
-        words += ["--axis", f"{name}={_word(getattr(case, name))}"]
+        if name in case.as_dict():
+            words += ["--axis", f"{name}={_word(getattr(case, name))}"]
     for name, value in case.params:
         words += ["--set", f"{case.method}.{name}={_word(value)}"]
     return " ".join(words)

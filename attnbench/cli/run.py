@@ -1,6 +1,7 @@
 """`attnbench run`."""
 
 from dataclasses import replace
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -8,10 +9,19 @@ import typer
 
 from attnbench.cli._options import Axes, Budget, DeviceOption, MethodNames, Plugins, Settings, SuiteName, read_suite, with_plugins
 from attnbench.cli._output import complain
+from attnbench.errors import UserError
 
 if TYPE_CHECKING:
+    from attnbench.ray_executor import RayExecutor
     from attnbench.runner import Summary
     from attnbench.suite import Suite
+
+
+class Place(StrEnum):
+    """Where cells run."""
+
+    LOCAL = "local"
+    RAY = "ray"
 
 
 def run(
@@ -32,19 +42,48 @@ def run(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell only of notes and failures.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Write each record to stdout as one JSON line.")] = False,
     plugin: Plugins = [],
+    shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only part I of N, for job arrays; then `merge`.")] = None,
+    executor: Annotated[Place, typer.Option("--executor", help="Run here, or on all GPUs of a Ray cluster.")] = Place.LOCAL,
+    address: Annotated[
+        str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster. Default: $RAY_ADDRESS, else this machine's.")
+    ] = None,
 ) -> None:
-    """Run a suite: check, time and measure every cell, each written to disk before the next begins.
+    """Run a suite: check, time and measure every cell, each written to disk as soon as it ends.
 
     Results are only ever added to. Without --resume every cell is measured, those of earlier runs once more as further attempts; with
     it, a run that was interrupted goes on where it stopped. Exit code 1 where a cell failed, 130 where the run was interrupted.
     """
-    from attnbench.environment import pick_device
+    from attnbench.shard import Shard
 
     with_plugins(plugin)
     chosen = _protocol(read_suite(suite, axis, method, set_, budget), timeout, budget_s, breakdown or None)
-    kind = pick_device(device)
-    summary = _sweep(chosen, results, device=kind, resume=resume or retry, retry=retry, plugins=plugin, quiet=quiet, echo=json)
+    part = Shard.parse(shard) if shard else None
+    kind, place = _place(chosen, results, device, executor, address, plugin)
+    summary = _sweep(
+        chosen,
+        results,
+        quiet=quiet,
+        echo=json,
+        **{"device": kind, "resume": resume or retry, "retry": retry, "plugins": plugin, "shard": part, "place": place},
+    )
     _conclude(summary, json)
+
+
+def _place(
+    suite: "Suite", results: Path, device: str | None, executor: Place, address: str | None, plugins: list[Path]
+) -> "tuple[str, RayExecutor | None]":
+    """The kind of device, and the cluster whose workers run the cells, if any."""
+    if executor is Place.RAY:
+        from attnbench.ray_executor import connect
+        from attnbench.runner import CHECKPOINTS
+
+        cluster = connect(address, device, suite.protocol, plugins, results / suite.name / CHECKPOINTS)
+        return cluster.device, cluster
+    if address:
+        raise UserError("--address is of a Ray cluster: add --executor ray, or leave it out")
+    from attnbench.environment import pick_device
+
+    return pick_device(device), None
 
 
 def _protocol(suite: "Suite", timeout: float | None, budget: float | None, breakdown: bool | None) -> "Suite":
@@ -53,15 +92,13 @@ def _protocol(suite: "Suite", timeout: float | None, budget: float | None, break
     return replace(suite, protocol=replace(suite.protocol, **given))
 
 
-def _sweep(
-    suite: "Suite", results: Path, *, device: str, resume: bool, retry: bool, plugins: list[Path], quiet: bool, echo: bool
-) -> "Summary":
+def _sweep(suite: "Suite", results: Path, *, quiet: bool, echo: bool, **options: Any) -> "Summary":
     from attnbench.cli._progress import Reporter
     from attnbench.runner import sweep
 
     with Reporter(quiet=quiet, echo=echo) as reporter:
         try:
-            return sweep(suite, results, device=device, resume=resume, retry=retry, plugins=plugins, tell=reporter)
+            return sweep(suite, results, tell=reporter, **options)
         except KeyboardInterrupt:
             interrupted = reporter.done
     complain(f"interrupted: {interrupted} cells done, run again with --resume")
@@ -89,6 +126,6 @@ def _failures(summary: "Summary") -> None:
 
     table = Table("cell", "status", "why", title="failed cells", title_justify="left")
     for record in summary.records:
-        if str(record.status) not in ("ok", "unsupported", "skipped"):
+        if str(record.status) not in ("ok", "unsupported", "skipped", "diverged"):
             table.add_row(*(escape(text) for text in (str(record.case), str(record.status), "; ".join(record.reasons))))
     Console(stderr=True).print(table)
