@@ -61,6 +61,7 @@ def test_batches_of_a_folder_are_pure_patches_of_what_was_painted(folder):
     data = images.open_folder(folder)
     task = data.task
     assert (task.classes, task.chance, task.examples) == (3, 1 / 3, len(data.files["train"]))
+    assert task.held_out == min(len(data.files["validation"]), len(data.files["test"]))
     batch = task.batch("test", 0, 6, 4, 0)
     assert batch.inputs.shape == (6, 4, 768)
     assert batch.targets.tolist() == [label for _, label in data.files["test"][:6]]
@@ -82,8 +83,8 @@ def test_an_epoch_sees_every_image_once(folder):
 
 
 def test_patches_are_what_a_convolution_reads():
-    image = torch.randn(3, 48, 48)
-    weight = torch.randn(5, 3, 16, 16)
+    image = torch.randn(3, 48, 48, dtype=torch.float64)
+    weight = torch.randn(5, 3, 16, 16, dtype=torch.float64)
     want = torch.nn.functional.conv2d(image[None], weight, stride=16)[0].flatten(1).T
     torch.testing.assert_close(images.patches(image) @ weight.flatten(1).T, want)
 

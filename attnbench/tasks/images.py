@@ -58,7 +58,15 @@ class Folder:
     @cached_property
     def task(self) -> TrainedTask:
         """The task of this folder."""
-        return replace(TASK, classes=len(self.classes), chance=1 / len(self.classes), batch=self.batch, examples=len(self.files["train"]))
+        count = {split: len(files) for split, files in self.files.items()}
+        return replace(
+            TASK,
+            classes=len(self.classes),
+            chance=1 / len(self.classes),
+            batch=self.batch,
+            examples=count["train"],
+            held_out=min(count["validation"], count["test"]),
+        )
 
     def batch(self, split: Split, index: int, size: int, n: int, seed: int) -> Batch:
         """Patches `[B, N, 3 x 16 x 16]`, each channel by channel and row by row. Raises `UserError` where no image can be decoded."""
@@ -76,7 +84,7 @@ class Folder:
         epoch, place = divmod(number, len(files))
         order = _shuffled(len(files), seed, epoch) if split == "train" else np.arange(len(files))
         for at in (int(order[(place + step) % len(files)]) for step in range(len(files))):
-            image = _decoded(self.path / files[at][0])
+            image = decoded(self.path / files[at][0])
             if image is None:
                 marks[at] = True
                 continue
@@ -95,11 +103,11 @@ def open_folder(path: str | Path) -> Folder:
     names = _classes(path / "train" if given else path)
     files: dict[Split, list[tuple[str, int]]] = {"train": [], "validation": [], "test": []}
     for label, name in enumerate(names):
-        for image in _images(path / "train" / name if given else path / name):
-            below = image.relative_to(path).as_posix()
-            files[_split(below, given is not None)].append((below, label))
+        for image in below(path / "train" / name if given else path / name):
+            short = image.relative_to(path).as_posix()
+            files[_split(short, given is not None)].append((short, label))
         if given:
-            files["test"] += [(image.relative_to(path).as_posix(), label) for image in _images(path / given / name)]
+            files["test"] += [(image.relative_to(path).as_posix(), label) for image in below(path / given / name)]
     if empty := [split for split, images in files.items() if not images]:
         raise UserError(f"{path} has no images for {' and '.join(empty)}: it needs more of them, ending in {', '.join(SUFFIXES)}")
     return Folder(path, names, files, {split: torch.zeros(len(x), dtype=torch.bool).share_memory_() for split, x in files.items()})
@@ -123,7 +131,8 @@ def _classes(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _images(path: Path) -> Iterable[Path]:
+def below(path: Path) -> Iterable[Path]:
+    """Files below a folder that are images by their names, in order; none where it does not exist."""
     return sorted(x for x in path.rglob("*") if x.suffix.lower() in SUFFIXES) if path.is_dir() else ()
 
 
@@ -135,7 +144,7 @@ def _split(name: str, given: bool) -> Split:
     return ("test", "validation", "train")[min(number % _TENTHS, 2)]
 
 
-def _decoded(path: Path) -> Image.Image | None:
+def decoded(path: Path) -> Image.Image | None:
     """An RGB image, or None where the file is unreadable, truncated or no image."""
     from PIL.Image import DecompressionBombError
     from PIL.Image import open as opened
