@@ -24,6 +24,7 @@ from attnbench.suite import Case
 
 FLAGS = {
     "": {"--version", "--install-completion", "--show-completion", "--help", "-h"},
+    "capture": {"--out", "--data", "--n", "--batch", "--device", "--json"},
     "check": {"--all", "--device", "--json", "--plugin"},
     "compare": {"--results", "--json"},
     "crossover": {"--against", "--metric", "--mode", "--json"},

@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from attnbench.cli._output import complain
+from attnbench.cli.capture import capture
 from attnbench.cli.check import check
 from attnbench.cli.compare import compare
 from attnbench.cli.crossover import crossover
@@ -75,13 +76,16 @@ for _name, _command, _panel in (
     ("plan", plan, MEASURE),
     ("run", run, MEASURE),
     ("env", env, MEASURE),
+    ("capture", capture, MEASURE),
     ("plot", plot, RESULTS),
     ("compare", compare, RESULTS),
     ("crossover", crossover, RESULTS),
     ("report", report, RESULTS),
     ("merge", merge, RESULTS),
 ):
-    app.command(_name, rich_help_panel=_panel, no_args_is_help=_name in ("show", "plan", "run", "compare", "crossover", "merge"))(_command)
+    app.command(
+        _name, rich_help_panel=_panel, no_args_is_help=_name in ("show", "plan", "capture", "run", "compare", "crossover", "merge")
+    )(_command)
 
 
 def main() -> None:
