@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from attnbench.record import Record
 
 
-def load(results: Path) -> tuple[pd.DataFrame, list[str]]:
+def load(results: Path, *, attempts: bool = False) -> tuple[pd.DataFrame, list[str]]:
     """The table of all records below `results`, and notes about repaired files. Raises `UserError`.
+
+    A row is the latest attempt at a cell in an environment, or with `attempts` every attempt.
 
     Columns: `suite`, `device`, `label` (`method@implementation` as asked), `method`, `implementation` (what ran), the fields of
     the case, `params` (JSON), `budget` (tuple) and `learned` as recorded, `status`, `reason`, `started`, `samples_s` (tuple), `time_s`
@@ -30,7 +32,10 @@ def load(results: Path) -> tuple[pd.DataFrame, list[str]]:
         loaded = store.read(file)
         notes += loaded.notes
         known = store.environments(file)
-        rows += [_row(r, file.parent.parent.name, known.get(r.env_id, {})) for r in store.latest(loaded.records)]
+        rows += [
+            _row(r, file.parent.parent.name, known.get(r.env_id, {}))
+            for r in (loaded.records if attempts else store.latest(loaded.records))
+        ]
     return pd.DataFrame(rows), notes
 
 

@@ -26,7 +26,7 @@ FLAGS = {
     "": {"--version", "--install-completion", "--show-completion", "--help", "-h"},
     "capture": {"--out", "--data", "--n", "--batch", "--device", "--json"},
     "check": {"--all", "--device", "--json", "--plugin"},
-    "compare": {"--results", "--json"},
+    "compare": {"--results", "--drift", "--json"},
     "crossover": {"--against", "--metric", "--mode", "--json"},
     "env": {"--device", "--json"},
     "list": {"--device", "--verbose", "-v", "--json", "--plugin"},

@@ -12,24 +12,46 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from attnbench.compare import Comparison
+    from attnbench.drift import Drift
 
 
 def compare(
     a: Annotated[str, typer.Argument(metavar="A", help="A results folder or records file; or a method, as softmax@flash.")],
     b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
     results: Annotated[Path, typer.Option("--results", metavar="DIR", help="Where two methods are looked up.")] = Path("results"),
+    drift: Annotated[bool, typer.Option("--drift", help="List instead how far cells measured again later came out.")] = False,
     json: Json = False,
 ) -> None:
     """Say of each cell whether B is faster than A, slower, or not separable from it.
 
-    A and B are two results, paired by suite, device and case, or two methods within the results of --results.
+    A and B are two results, paired by suite, device and case, or two methods within the results of --results. How far cells drifted
+    that one environment measured more than once is told on stderr, and listed by --drift.
     """
-    found = _compare(a, b, results)
+    found: list[Comparison] | list[Drift] = _compare(a, b, results)
+    drifted = _drift(a, b, results)
+    if drifted and not drift:
+        from attnbench.drift import summary
+
+        complain(summary(drifted) + "; --drift lists them")
+    if drift:
+        found = drifted
     if json:
         return emit_json([row.as_dict() for row in found])
     for row in found:
         print(row)
     return None
+
+
+def _drift(a: str, b: str, results: Path) -> "list[Drift]":
+    """Drift within both results, or of the two methods."""
+    from pandas import concat
+
+    from attnbench import drift, frame
+
+    if Path(a).exists() and Path(b).exists():
+        return drift.find(concat([frame.load(Path(side), attempts=True)[0] for side in (a, b)], ignore_index=True))
+    table = frame.load(results, attempts=True)[0]
+    return drift.find(table[table["label"].isin([a, b])])
 
 
 def _compare(a: str, b: str, results: Path) -> "list[Comparison]":
