@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from attnbench import frame, series, stats
 from attnbench.errors import UserError, unknown
 from attnbench.series import CONDITIONS
+from attnbench.stats import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import pandas as pd
 
-    from attnbench.stats import Floor, Interval, Verdict
+    from attnbench.stats import Floor, Interval
 
 ABSENT = "absent"
 """Status of a side that has no record of the cell."""
@@ -96,6 +97,18 @@ def methods(table: pd.DataFrame, a: str, b: str) -> list[Comparison]:
     again, names = _again(table), series.labels(table)
     parts = [[_Side(rows, names, again, str(names[rows.index[0]])) for _, rows in side.groupby("params")] for side in sides]
     return [row for left, right in itertools.product(*parts) for row in _paired(left, right, keys)]
+
+
+def fastest(rows: Sequence[dict[str, Any]], again: Sequence[tuple[float, float]]) -> dict[str, Any] | None:
+    """The measured row than which every other is slower; None where one is not separable from it, or where there is no other.
+
+    `again` are A/A pairs of times. Rows of one method, implementation and parameters are one contestant.
+    """
+    ranked = sorted((r for r in rows if r["status"] == "ok"), key=lambda r: float(r["time_s"]))
+    others = [r for r in ranked[1:] if any(r[k] != ranked[0][k] for k in ("method", "implementation", "params"))]
+    noise = stats.floor(again, float(ranked[0]["time_s"])) if ranked else None
+    slower = [stats.verdict(stats.ratio(ranked[0]["samples_s"], r["samples_s"]), noise) is Verdict.SLOWER for r in others]
+    return ranked[0] if slower and all(slower) else None
 
 
 class _Side:

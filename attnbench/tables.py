@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnbench import frame, references, series, stats
+from attnbench import compare, frame, references, series, stats
 from attnbench.stats import Verdict
 from attnbench.suite import CHOICES
 
@@ -30,6 +30,8 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
     notes: tuple[str, ...] = ()
     """sentences below the caption"""
+    best: frozenset[tuple[int, int]] = frozenset()
+    """(row, column) of the fastest at a length, where every other is separably slower"""
 
     def markdown(self) -> str:
         """A pipe table, the caption below it."""
@@ -39,16 +41,22 @@ class Table:
 
     def latex(self) -> str:
         """A `table*` for booktabs, which the preamble must load."""
-        body = [" & ".join(map(escape, line)) + r" \\" for line in self.rows]
+        lines = ([_bold(escape(x), (i, j) in self.best) for j, x in enumerate(line)] for i, line in enumerate(self.rows))
+        body = [" & ".join(cells) + r" \\" for cells in lines]
+        caption = self.caption + (" Bold: the fastest at that length, where every other is separably slower." if self.best else "")
         columns = "ll" + "r" * (len(self.header) - 2)
         return "\n".join([
             r"\begin{table*}", r"  \centering", r"  \small", rf"  \begin{{tabular}}{{{columns}}}", r"    \toprule",
             "    " + " & ".join(map(escape, self.header)) + r" \\", r"    \midrule", *(f"    {line}" for line in body),
-            r"    \bottomrule", r"  \end{tabular}", rf"  \caption{{{escape(self.caption)}}}", rf"  \label{{tab:{self.name}}}",
+            r"    \bottomrule", r"  \end{tabular}", rf"  \caption{{{escape(caption)}}}", rf"  \label{{tab:{self.name}}}",
             *(rf"  \par{{\footnotesize {escape(note)}\par}}" for note in self.notes),
             r"\end{table*}",
             "",
         ])  # fmt: skip
+
+
+def _bold(text: str, wanted: bool) -> str:
+    return rf"\textbf{{{text}}}" if wanted else text
 
 
 _LATEX = {
@@ -111,9 +119,11 @@ def _speed(group: series.Group, mode: str, accuracy: pd.DataFrame, lengths: Sequ
     accuracy = _closest(accuracy, group.rows)
     errors, at = _errors(accuracy)
     header = [f"N={n} (ms)" for n in columns] + ([f"peak memory, N={top} (MiB)"] if top else [])
-    lines = []
-    for name, part in _named(rows):
+    first = {n: (compare.fastest(_dicts(rows[rows["n"] == n]), again) or {}).get("case_id") for n in columns}
+    lines, best = [], set()
+    for i, (name, part) in enumerate(_named(rows)):
         by_n = {int(r["n"]): r for r in _dicts(part)}
+        best |= {(i, 2 + j) for j, n in enumerate(columns) if n in by_n and by_n[n]["case_id"] == first[n]}
         cells = [_time(by_n.get(n), base[n], again) for n in columns] + ([_memory(by_n.get(top))] if top else [])
         lines.append((*_head(name, part), *cells, *(_error(part, errors, profile) for profile in errors)))
     caption = (
@@ -124,7 +134,7 @@ def _speed(group: series.Group, mode: str, accuracy: pd.DataFrame, lengths: Sequ
     )
     titles = ("method", "family", *header, *(f"error, {profile}" for profile in errors))
     name = f"{group.suite}-{group.place}-{mode.replace('+', '-')}"
-    return Table(name, caption, titles, tuple(lines), tuple(_cited(rows, columns)))
+    return Table(name, caption, titles, tuple(lines), tuple(_cited(rows, columns)), frozenset(best))
 
 
 def _cited(rows: pd.DataFrame, columns: Sequence[int]) -> Iterable[str]:

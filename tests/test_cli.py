@@ -31,6 +31,7 @@ FLAGS = {
     "env": {"--device", "--json"},
     "list": {"--device", "--verbose", "-v", "--json", "--plugin"},
     "merge": {"--into"},
+    "paper": {"--out", "--lengths"},
     "plan": {"--method", "--axis", "--set", "--budget", "--flops", "--bandwidth", "--json", "--plugin"},
     "plot": {"--out"},
     "report": {"--format", "--lengths", "--out"},

@@ -17,6 +17,7 @@ from attnbench.cli.crossover import crossover
 from attnbench.cli.env import env
 from attnbench.cli.list import list_methods
 from attnbench.cli.merge import merge
+from attnbench.cli.paper import paper
 from attnbench.cli.plan import plan
 from attnbench.cli.plot import plot
 from attnbench.cli.report import report
@@ -81,6 +82,7 @@ for _name, _command, _panel in (
     ("compare", compare, RESULTS),
     ("crossover", crossover, RESULTS),
     ("report", report, RESULTS),
+    ("paper", paper, RESULTS),
     ("merge", merge, RESULTS),
 ):
     app.command(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from attnbench import series
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -44,7 +44,11 @@ def parts(module: FigureModule, table: pd.DataFrame) -> Iterator[series.Group]:
     return cast("Iterator[series.Group]", getattr(module, "groups", series.groups)(table))
 
 
-def draw_all(table: pd.DataFrame, folder: Path, columns: int = 2) -> list[Path]:
+SUFFIXES = (".pdf", ".png", ".csv")
+"""What a figure is written as: vectors, pixels, and exactly what was drawn."""
+
+
+def draw_all(table: pd.DataFrame, folder: Path, columns: int = 2, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """Write every figure that the table allows as `<suite>-<figure>-<device>.pdf`, `.png` and `.csv`. Returns the paths.
 
     Devices and conditions are never pooled: each gets its own figure. Raises `UserError` where nothing can be drawn or written.
@@ -59,22 +63,32 @@ def draw_all(table: pd.DataFrame, folder: Path, columns: int = 2) -> list[Path]:
                 for group in parts(module, table):
                     figure = module.build(group.rows, columns)
                     if figure is not None:
-                        written += write(figure, module.data(group.rows), folder / f"{group.suite}-{module.NAME}-{group.place}")
+                        stem = folder / f"{group.suite}-{module.NAME}-{group.place}"
+                        written += write(figure, module.data(group.rows), stem, suffixes)
     if not written:
         raise UserError("nothing to draw: no cell of these results was measured; `attnbench report` lists why")
     return written
 
 
-def write(figure: Figure, data: pd.DataFrame, stem: Path) -> list[Path]:
+_METADATA: dict[str, dict[str, Any]] = {
+    ".pdf": {"CreationDate": None, "ModDate": None, "Creator": "attnbench", "Producer": None},
+    ".png": {"Software": None},
+}
+"""Nothing of the moment, so that the same records give the same bytes."""
+
+
+def write(figure: Figure, data: pd.DataFrame, stem: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """Write a figure as .pdf and .png, and what is in it as .csv. Returns the paths. Raises `UserError` where they cannot be written."""
     from attnbench.errors import UserError
 
-    paths = [stem.with_name(stem.name + suffix) for suffix in (".pdf", ".png", ".csv")]
+    paths = [stem.with_name(stem.name + suffix) for suffix in suffixes]
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(paths[0], metadata={"CreationDate": None, "ModDate": None, "Creator": "attnbench", "Producer": None})
-        figure.savefig(paths[1], metadata={"Software": None})
-        data.to_csv(paths[2], index=False)
+        for path in paths:
+            if path.suffix == ".csv":
+                data.to_csv(path, index=False)
+            else:
+                figure.savefig(path, metadata=_METADATA[path.suffix])
     except OSError as error:
         raise UserError(f"cannot write to {stem.parent}: {error.strerror}") from None
     return paths

@@ -1,0 +1,59 @@
+"""`attnbench paper`."""
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from attnbench.cli._output import complain
+from attnbench.cli.report import _lengths
+from attnbench.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from attnbench.paper import Picture
+
+
+def paper(
+    results: Annotated[Path, typer.Argument(metavar="[RESULTS]", help="A results folder, or one records file.")] = Path("results"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the folder goes.")] = Path("paper"),
+    lengths: Annotated[str, typer.Option(metavar="N,...", help="Columns of tables. Default: four, from shortest to longest.")] = "",
+) -> None:
+    """Make a folder for a paper: figures at column width, LaTeX tables, captions, BibTeX, provenance; print the paths."""
+    from attnbench import frame
+    from attnbench import paper as texts
+
+    table, notes = frame.load(results)
+    for note in notes:
+        complain(note)
+    wanted = _lengths(lengths)
+    pictures = _draw(table, out / "figures")
+    written = texts.contents(table, pictures, wanted) | {"commands.txt": texts.commands(table)}
+    for name, text in written.items():
+        _write(out / name, text)
+    made = {p.relative_to(out).as_posix(): p.read_bytes() for picture in pictures for p in (out / "figures").glob(f"{picture.name}.*")}
+    command = shlex.join(["attnbench", "paper", str(results), "--out", str(out), *(["--lengths", lengths] if lengths else [])])
+    _write(out / "provenance.json", texts.provenance(results, table, made | {n: t.encode() for n, t in written.items()}, command))
+    for name in sorted({*made, *written, "provenance.json"}):
+        print(out / name)
+
+
+def _draw(table: "pd.DataFrame", folder: Path) -> "list[Picture]":
+    """Draw what the results allow, and say what each figure shows."""
+    from attnbench.figures import draw_all, modules, parts
+    from attnbench.paper import Picture
+
+    drawn = {p.stem for p in draw_all(table, folder, columns=1, suffixes=(".pdf", ".csv"))}
+    titles = [(module, " ".join((module.__doc__ or "").split("\n\n")[0].split())) for module in modules().values()]
+    found = [Picture(f"{g.suite}-{m.NAME}-{g.place}", title, g.rows) for m, title in titles for g in parts(m, table)]
+    return [picture for picture in found if picture.name in drawn]
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from None
