@@ -11,13 +11,32 @@ from attnbench.cli._output import complain
 def plot(
     results: Annotated[Path, typer.Argument(metavar="[RESULTS]", help="A results folder, or one records file.")] = Path("results"),
     out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Where figures go. Default: RESULTS/figures.")] = None,
+    examples: Annotated[
+        list[str], typer.Option("--examples", metavar="TASK", help="Instead draw examples of a task of pictures. Repeatable.")
+    ] = [],
 ) -> None:
     """Draw every figure that the results allow, each as .pdf, .png and a .csv of exactly what was drawn; print their paths."""
     from attnbench import frame
     from attnbench.figures import draw_all
 
+    folder = out or (results.parent if results.is_file() else results) / "figures"
+    if examples:
+        _draw_examples(examples, folder)
+        return
     table, notes = frame.load(results)
     for note in notes:
         complain(note)
-    for path in draw_all(table, out or (results.parent if results.is_file() else results) / "figures"):
+    for path in draw_all(table, folder):
         print(path)
+
+
+def _draw_examples(tasks: list[str], folder: Path) -> None:
+    """At each usual length of each task."""
+    from attnbench.figures import _examples, _style, write
+    from attnbench.tasks import trained
+
+    with _style.paper():
+        for task in map(trained.get, tasks):
+            for n in task.lengths:
+                for path in write(_examples.build(task, n), _examples.data(task, n), folder / f"examples-{task.name}-{n}"):
+                    print(path)
