@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from attnbench import check, environment, inputs, memory, timing
+from attnbench import check, energy, environment, inputs, memory, timing
 from attnbench.errors import UserError
 from attnbench.isolate import Reply, limit_host_memory
 from attnbench.record import Record, Status
 from attnbench.registry import add_plugins
+from attnbench.stats import median
 from attnbench.suite import TRAINED
 from attnbench.tasks import TASKS
 from attnbench.tasks.accuracy import run as run_trained
@@ -101,6 +102,7 @@ class CellRunner:
     """folder of models that are trained; None keeps none"""
     _key: tuple[Any, ...] = ()
     _inputs: tuple[inputs.Inputs, str] | None = field(default=None, repr=False)
+    _meter: energy.Meter | None = field(default=None, repr=False)
 
     def __call__(self, message: Case | str) -> Reply:
         """Answer one message of the parent."""
@@ -158,7 +160,16 @@ class CellRunner:
         metrics = TASKS[case.task](method, params, tensors, weights, forward=bound.forward, layout=chosen.layout)
         usage = memory.measure(bound.forward, bound.backward if backward else None, bound.input_bytes, self.device)
         taken = timing.measure(self._clock(case, bound), self.protocol, first_call_s, self.monitor)
-        return replace(record, gate=verdict, metrics=metrics, memory=usage, timing=taken)
+        record = replace(record, gate=verdict, metrics=metrics, memory=usage, timing=taken)
+        return self._metered(record, bound, median(taken.samples_s)) if self.protocol.energy else record
+
+    def _metered(self, record: Record, bound: Bound, time_s: float) -> Record:
+        """The record with the energy of a call, or with the reason why there is none; its measurements stand either way."""
+        try:
+            self._meter = self._meter or energy.Meter.of(self.monitor)
+            return replace(record, energy=energy.measure(bound, self._meter, time_s))
+        except energy.EnergyUnknownError as error:
+            return replace(record, reasons=(*record.reasons, f"{energy.ABSENT}: {error}"))
 
     def _draw(self, case: Case, dtype: torch.dtype) -> tuple[inputs.Inputs, str]:
         key = (case.profile, case.shape, case.seed, dtype)

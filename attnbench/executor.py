@@ -86,7 +86,9 @@ class Cells:
             parts: Breakdown | str = self._profiling.run(record, self.protocol.timeout_s)
         except (WorkerHungError, WorkerDiedError) as error:
             parts = str(error)
-        return replace(record, reasons=(f"no breakdown: {parts}",)) if isinstance(parts, str) else replace(record, breakdown=parts)
+        if isinstance(parts, str):
+            return replace(record, reasons=(*record.reasons, f"no breakdown: {parts}"))
+        return replace(record, breakdown=parts)
 
     def stop(self) -> None:
         """End the processes."""

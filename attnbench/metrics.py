@@ -29,6 +29,8 @@ class Metric:
     """columns it is derived from, beside the time; empty for a stored or a bare time"""
     of_time: Callable[[pd.DataFrame, pd.Series[float]], pd.Series[float]] | None = None
     """value from the row and a time in seconds, so that quartiles of the time give quartiles of it; None where not of time"""
+    of_row: Callable[[pd.DataFrame], pd.Series[float]] | None = None
+    """value from the row alone, where it is derived but not of time"""
     divide: float = 1.0
     """base units in one `unit`, for axes"""
 
@@ -39,11 +41,11 @@ class Metric:
 
     def at(self, table: pd.DataFrame, time: pd.Series[float]) -> pd.Series[float]:
         """The metric of each row, in base units, were its time `time`; NaN where a needed column is absent or unknown."""
-        if self.of_time is None:
-            return _numbers(table, self.column)
         if any(name not in table for name in self.needs):
             return pd.Series(np.nan, index=table.index)
-        return self.of_time(table, time)
+        if self.of_time is not None:
+            return self.of_time(table, time)
+        return self.of_row(table) if self.of_row else _numbers(table, self.column)
 
 
 def _numbers(table: pd.DataFrame, column: str) -> pd.Series[float]:
@@ -94,6 +96,16 @@ METRICS: dict[str, Metric] = {
         ),
         Metric("peak_memory", "peak_bytes", "peak memory beside inputs", "MiB", "lower", divide=2**20),
         Metric("workspace", "workspace_bytes", "workspace memory", "MiB", "lower", divide=2**20),
+        Metric(
+            "energy",
+            "joules_per_token",
+            "energy above idle",
+            "mJ/token",
+            "lower",
+            needs=("energy_j", "batch", "n"),
+            of_row=lambda t: _numbers(t, "energy_j") / (_numbers(t, "batch") * _numbers(t, "n")),
+            divide=1e-3,
+        ),
         Metric("rel_error", "rel_error", "relative error against softmax", "", "lower"),
         Metric("cosine", "cosine", "cosine with softmax", "", "higher", "linear"),
         Metric("mass_recalled", "mass_recalled", "softmax mass recalled", "", "higher", "linear"),

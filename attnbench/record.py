@@ -98,6 +98,23 @@ class Breakdown:
 
 
 @dataclass(frozen=True)
+class Energy:
+    """What a call takes of the GPU's energy, from a window of many calls after the clocks were done."""
+
+    joules_per_call: float
+    """above idle"""
+    idle_w: float
+    """power of the GPU with nothing running, which is subtracted"""
+    mean_w: float
+    """power over the window, idle included"""
+    calls: int
+    """in the window"""
+    window_s: float
+    source: str
+    """whose counter, and how the calls ran"""
+
+
+@dataclass(frozen=True)
 class Trial:
     """One learning rate of a case that trains."""
 
@@ -203,6 +220,8 @@ class Record:
     memory: Memory | None = None
     breakdown: Breakdown | None = None
     """where it was asked for"""
+    energy: Energy | None = None
+    """where it was asked for and the GPU reports it"""
     gate: Gate | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
     """results of the task other than time and memory"""
@@ -214,14 +233,13 @@ class Record:
     """time allowed, for `timeout`"""
 
     def __post_init__(self) -> None:
-        if (self.timing or self.memory or self.metrics or self.breakdown) and self.status is not Status.OK:
+        if (self.timing or self.memory or self.metrics or self.breakdown or self.energy) and self.status is not Status.OK:
             raise ValueError(f"a record with status {self.status} may not hold measurements")
 
     def to_json(self) -> str:
         """One line."""
         data = {"schema": SCHEMA, "case_id": self.case.case_id, **asdict(self), "case": self.case.as_dict()}
-        if self.training is None:
-            del data["training"]
+        data = {k: v for k, v in data.items() if v is not None or k not in ("training", "energy")}
         return json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
 
     @classmethod
@@ -234,7 +252,7 @@ class Record:
             raise UserError(
                 f"record has schema {data.get('schema')}, this version reads {SCHEMA}: use the version that wrote it, or start a new folder"
             )
-        parts = {"timing": Timing, "memory": Memory, "gate": Gate, "breakdown": Breakdown}
+        parts = {"timing": Timing, "memory": Memory, "gate": Gate, "breakdown": Breakdown, "energy": Energy}
         values = {f.name: _restored(data[f.name]) for f in fields(cls) if f.name in data}
         for name, kind in parts.items():
             if values.get(name) is not None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from attnbench import environment, executor, store
+from attnbench.energy import ABSENT
 from attnbench.record import Record, Status
 from attnbench.suite import Case
 
@@ -69,8 +70,8 @@ def sweep(
     """Run every case of `suite`, or of a `shard` of it, and store a record of each under `results/<suite>/<device>/`.
 
     With `resume`, cells that earlier runs settled on this very environment are left alone (`retry`: only those that were measured or
-    unsupported), but where the protocol asks for a breakdown, those measured without one are measured again. Cells run on this machine
-    unless `place` says where. Raises `UserError` before anything runs where the suite or the folder is at fault; a failing cell is
+    unsupported), but where the protocol asks for a breakdown or energy, those measured without are measured again. Cells run on this
+    machine unless `place` says where. Raises `UserError` before anything runs where the suite or the folder is at fault; a failing cell is
     a record.
     """
     planned = suite.planned()
@@ -134,6 +135,8 @@ class _Sweep:
             settled = {key: r for key, r in settled.items() if r.status not in _TOO_LARGE}
         if self.suite.protocol.breakdown:
             settled = {key: r for key, r in settled.items() if r.breakdown or r.status is not Status.OK}
+        if self.suite.protocol.energy:
+            settled = {key: r for key, r in settled.items() if r.energy or r.status is not Status.OK or _unmetered(r)}
         return settled
 
     def _left(self, settled: Mapping[str, Record]) -> list[Case]:
@@ -176,6 +179,11 @@ class _Sweep:
             return None
         reasons = (f"{before.status} at N = {before.case.n}",)
         return Record(case, Status.SKIPPED, "", reasons=reasons, started=executor.now(), commit=environment.commit())
+
+
+def _unmetered(record: Record) -> bool:
+    """Whether the record says why it has no energy."""
+    return any(reason.startswith(ABSENT) for reason in record.reasons)
 
 
 _DEFAULTS = {f.name: f.default for f in fields(Case)}

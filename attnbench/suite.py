@@ -155,6 +155,8 @@ class Protocol:
     """measure one method of each point a second time, for the noise floor"""
     breakdown: bool = False
     """after the clocks, take some calls apart by stage under a profiler"""
+    energy: bool = False
+    """after the clocks, meter the energy of some calls, where the GPU reports it"""
 
     def __post_init__(self) -> None:
         for name in ("half_width", "budget_s", "max_samples", "timeout_s", "gate_rows"):

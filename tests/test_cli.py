@@ -37,7 +37,7 @@ FLAGS = {
     "report": {"--format", "--lengths", "--out"},
     "run": {
         *("--results", "--device", "--method", "--axis", "--set", "--budget", "--resume", "--no-resume", "--retry", "--timeout"),
-        *("--budget-s", "--breakdown", "--quiet", "-q", "--json", "--plugin"),
+        *("--budget-s", "--breakdown", "--energy", "--quiet", "-q", "--json", "--plugin"),
     },
     "show": {"--n", "--batch", "--heads", "--dim", "--set", "--device", "--json", "--plugin"},
     "suites": {"--json"},

@@ -39,6 +39,7 @@ def run(
     timeout: Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Time a cell may take in all.")] = None,
     budget_s: Annotated[float | None, typer.Option("--budget-s", metavar="SECONDS", help="Timed calls of a cell, in all.")] = None,
     breakdown: Annotated[bool, typer.Option("--breakdown", help="Take each cell's time apart by stage, on calls of its own.")] = False,
+    energy: Annotated[bool, typer.Option("--energy", help="Meter the energy of calls too, where the GPU reports it.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell only of notes and failures.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Write each record to stdout as one JSON line.")] = False,
     plugin: Plugins = [],
@@ -56,7 +57,7 @@ def run(
     from attnbench.shard import Shard
 
     with_plugins(plugin)
-    chosen = _protocol(read_suite(suite, axis, method, set_, budget), timeout, budget_s, breakdown or None)
+    chosen = _protocol(read_suite(suite, axis, method, set_, budget), timeout, budget_s, breakdown or None, energy or None)
     part = Shard.parse(shard) if shard else None
     kind, place = _place(chosen, results, device, executor, address, plugin)
     summary = _sweep(
@@ -86,8 +87,10 @@ def _place(
     return pick_device(device), None
 
 
-def _protocol(suite: "Suite", timeout: float | None, budget: float | None, breakdown: bool | None) -> "Suite":
-    options = {"timeout_s": timeout, "budget_s": budget, "breakdown": breakdown}
+def _protocol(
+    suite: "Suite", timeout: float | None, budget: float | None, breakdown: bool | None = None, energy: bool | None = None
+) -> "Suite":
+    options = {"timeout_s": timeout, "budget_s": budget, "breakdown": breakdown, "energy": energy}
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     return replace(suite, protocol=replace(suite.protocol, **given))
 

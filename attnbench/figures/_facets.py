@@ -153,6 +153,8 @@ class Facets:
             parts.append(("Whole" if self.metric == "latency" else "From whole") + "-method time, median with quartiles.")
         elif rows["seed"].nunique() > 1:
             parts.append(f"Median and range over {rows['seed'].nunique()} seeds.")
+        if self.metric == "energy":
+            parts.append(f"Whole GPU, calls back to back; idle power of {_span(rows['idle_w'].dropna())} W subtracted.")
         noise = series.noise(frame.current(rows)) if drawn["floor"].notna().any() else ""
         if noise:
             parts.append(f"Shaded band: A/A noise floor {noise}, drawn around the series that was measured twice.")
