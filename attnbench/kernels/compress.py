@@ -21,10 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tile import LOG2E, load_rows, store_rows
 from .blocks._keys import delta_kernel
 from .blocks._operator import _on, rows
 from .blocks._plan import power
-from .blocks._tile import LOG2E, attend, finish, load_rows, score_gradient, store_output, store_rows
+from .blocks._tile import attend, finish, score_gradient, store_output
 from .topk import keep_top, sortable
 
 __all__ = ["Selection", "attend_compressed", "supported"]
@@ -176,7 +177,7 @@ def compressed_query_gradient_kernel(
         m_s = stairs(o_n, o_c, C, STRIDE, LENGTH, CAUSAL)
         b_ds = score_gradient(b_q, b_k, b_g, b_v, m_s, scale * LOG2E, b_lse, b_delta, PREC)
         b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PREC)
-    store_rows(dq + i_row * D, o_n, m_n, b_dq * scale, D, BD)
+    store_rows(dq + i_row * D, o_n, m_n, D, b_dq * scale, D, BD)
 
 
 @triton.jit
@@ -224,8 +225,8 @@ def compressed_key_gradient_kernel(
             b_ds = b_p * (tl.dot(b_v, tl.trans(b_g), input_precision=PREC) - b_delta[None, :])
             b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PREC)
     i_part = (i_kv * SPLITS + i_s) * C
-    store_rows(part_k + i_part * D, o_c, o_c < C, b_dk * scale, D, BD)
-    store_rows(part_v + i_part * DV, o_c, o_c < C, b_dv, DV, BDV)
+    store_rows(part_k + i_part * D, o_c, o_c < C, D, b_dk * scale, D, BD)
+    store_rows(part_v + i_part * DV, o_c, o_c < C, DV, b_dv, DV, BDV)
 
 
 class Selection(NamedTuple):

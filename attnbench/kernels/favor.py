@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tile import LOG2E
+
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
@@ -28,7 +30,6 @@ __all__ = ["MOST_DIM", "features", "features_backward", "largest"]
 
 MOST_DIM = 128
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tile import LOG2E
+
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
@@ -31,7 +33,6 @@ _TILE = 4096
 _TOKENS = 64
 """tokens, at least, whose gradients one program adds up"""
 LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -18,14 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tile import LOG2E
 from .topk import load_rows, on_device, unit_rows
 
 __all__ = ["gather_attention", "supported"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_DIM = 256
-LOG2E = tl.constexpr(1.4426950408889634)
-"""`exp(x) = exp2(LOG2E x)`"""
 
 
 @triton.jit

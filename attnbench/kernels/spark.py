@@ -20,22 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tile import LOG2E, store_rows
 from .topk import load_rows, on_device, unit_rows
 
 __all__ = ["spark_attention", "spark_statistics", "supported"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_DIM = 128
-LOG2E = tl.constexpr(1.4426950408889634)
-"""`exp(x) = exp2(LOG2E x)`"""
-
-
-@triton.jit
-def store_rows(p_base, o_row, m_row, b_x, D: tl.constexpr, BD: tl.constexpr, stride):
-    """Write `b_x: [len(o_row), BD]` to rows `o_row` of a matrix with unit inner stride."""
-    o_d = tl.arange(0, BD)
-    p_row = p_base + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    tl.store(p_row, b_x.to(p_base.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
 
 
 @triton.jit
@@ -130,7 +121,7 @@ def spark_attend_kernel(
         b_sum = b_sum * b_decay + tl.sum(b_p, 1)
         b_acc = b_acc * b_decay[:, None] + tl.dot((b_p * b_gate).to(b_v.dtype), b_v, input_precision=PREC)
         b_max = b_new
-    store_rows(out, o_row, m_q, b_acc / b_sum[:, None], DV, BDV, DV)
+    store_rows(out, o_row, m_q, DV, b_acc / b_sum[:, None], DV, BDV)
     tl.store(lse + o_row, b_max * (scale * LOG2E) + tl.log2(b_sum), mask=m_q)
     tl.store(used + o_row, tl.minimum(b_limit, b_max), mask=m_q)
 
@@ -181,8 +172,8 @@ def spark_query_gradient_kernel(
         b_dw = tl.dot(b_g, tl.trans(b_v), input_precision=PREC)
         b_dqs += tl.dot((b_p * b_dw * b_slope).to(b_ks.dtype), b_ks, input_precision=PREC)
         b_dqr += tl.dot((b_p * (b_dw * b_gate - b_delta[:, None])).to(b_kr.dtype), b_kr, input_precision=PREC)
-    store_rows(dq, o_row, m_q, b_dqr * scale, R, BR, R + S)
-    store_rows(dq + R, o_row, m_q, b_dqs * scale_s, S, BS, R + S)
+    store_rows(dq, o_row, m_q, R + S, b_dqr * scale, R, BR)
+    store_rows(dq + R, o_row, m_q, R + S, b_dqs * scale_s, S, BS)
 
 
 @triton.jit
@@ -226,9 +217,9 @@ def spark_key_gradient_kernel(
             b_ds = b_p * (b_dw * b_gate - tl.load(delta + o_row, mask=m_q, other=0.0)[:, None])
             b_dkr += tl.dot(tl.trans(b_ds.to(b_qr.dtype)), b_qr, input_precision=PREC)
     o_row = i_kv.to(tl.int64) * M + o_n
-    store_rows(dk, o_row, m_n, b_dkr * scale, R, BR, R + S)
-    store_rows(dk + R, o_row, m_n, b_dks * scale_s, S, BS, R + S)
-    store_rows(dv, o_row, m_n, b_dv, DV, BDV, DV)
+    store_rows(dk, o_row, m_n, R + S, b_dkr * scale, R, BR)
+    store_rows(dk + R, o_row, m_n, R + S, b_dks * scale_s, S, BS)
+    store_rows(dv, o_row, m_n, DV, b_dv, DV, BDV)
 
 
 def supported(dim: int, dim_v: int, dtype: torch.dtype) -> list[str]:

@@ -25,6 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._tile import load_rows
+
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
@@ -34,13 +36,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_KEYS, MOST_DIM = 256, 128
 SLAB_BYTES = 1 << 30
 """bytes of the maxima that exist at a time"""
-
-
-@triton.jit
-def load_rows(p_base, o_row, m_row, stride, D: tl.constexpr, BD: tl.constexpr):
-    """Rows `o_row` of a matrix with unit inner stride as `[len(o_row), BD]`, zero outside."""
-    o_d = tl.arange(0, BD)
-    return tl.load(p_base + o_row.to(tl.int64)[:, None] * stride + o_d[None, :], mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
 
 
 @triton.jit

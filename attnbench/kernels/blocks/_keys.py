@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tile import LOG2E, block_tokens, load_rows, store_rows
+from .._tile import LOG2E, load_rows, store_rows
+from ._tile import block_tokens
 
 
 @triton.jit
@@ -78,8 +79,8 @@ def key_gradient_kernel(
             b_ds = b_p * (tl.dot(b_v, tl.trans(b_g), input_precision=PREC) - b_delta[None, :])
             b_dk += tl.dot(b_ds.to(b_q.dtype), b_q, input_precision=PREC)
     i_part = (i_item * C + i_c) * W
-    store_rows(part_k + i_part * D, o_j, o_j < W, b_dk * scale, D, BD)
-    store_rows(part_v + i_part * DV, o_j, o_j < W, b_dv, DV, BDV)
+    store_rows(part_k + i_part * D, o_j, o_j < W, D, b_dk * scale, D, BD)
+    store_rows(part_v + i_part * DV, o_j, o_j < W, DV, b_dv, DV, BDV)
 
 
 @triton.jit
@@ -100,4 +101,4 @@ def key_sum_kernel(
         for i in range(tl.load(p_s), tl.load(p_s + 1)):
             i_part = ((i_x.to(tl.int64) * ITEMS + i) * C + i_hk % C) * W
             b_dx += load_rows(part + i_part * D, o_j, m_t, D, D, BD)
-    store_rows(dx + i_kv.to(tl.int64) * M * D, b_t, m_t, b_dx, D, BD)
+    store_rows(dx + i_kv.to(tl.int64) * M * D, b_t, m_t, D, b_dx, D, BD)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tile import LOG2E, attend, block_tokens, finish, load_rows, score_gradient, store_output, store_rows
+from .._tile import LOG2E, load_rows, store_rows
+from ._tile import attend, block_tokens, finish, score_gradient, store_output
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def pair_query_gradient_kernel(
             m_s = m_t[None, :] & (b_t[None, :] <= o_n[:, None]) if CAUSAL else m_t[None, :]
             b_ds = score_gradient(b_q, b_k, b_g, b_v, m_s, scale * LOG2E, b_lse, b_delta, PREC)
             b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PREC)
-        store_rows(part + i_row * D, b_pair, m_q, b_dq * scale, D, BD)
+        store_rows(part + i_row * D, b_pair, m_q, D, b_dq * scale, D, BD)
 
 
 @triton.jit
@@ -155,4 +156,4 @@ def sum_kernel(
     for i in range(S):
         m_s = m_n & (tl.load(routes + (i_x * N + o_n) * S + i, mask=m_n, other=-1) >= 0)
         b_dq += load_rows(part + i_l.to(tl.int64) * N * S * D, o_n * S + i, m_s, D, D, BD).to(tl.float32)
-    store_rows(dq + i_bh * N * D, o_n, m_n, b_dq, D, BD)
+    store_rows(dq + i_bh * N * D, o_n, m_n, D, b_dq, D, BD)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tile import LOG2E, attend, block_tokens, finish, load_rows, score_gradient, store_output, store_rows
+from .._tile import LOG2E, load_rows, store_rows
+from ._tile import attend, block_tokens, finish, score_gradient, store_output
 
 
 @triton.jit
@@ -77,4 +78,4 @@ def region_query_gradient_kernel(
         m_s = m_t[None, :] & (b_t[None, :] <= o_q[:, None]) if CAUSAL else m_t[None, :]
         b_ds = score_gradient(b_q, b_k, b_g, b_v, m_s, scale * LOG2E, b_lse, b_delta, PREC)
         b_dq += tl.dot(b_ds.to(b_k.dtype), b_k, input_precision=PREC)
-    store_rows(dq + i_row * D, o_q, m_q, b_dq * scale, D, BD)
+    store_rows(dq + i_row * D, o_q, m_q, D, b_dq * scale, D, BD)

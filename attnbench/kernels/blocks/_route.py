@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._tile import load_rows
 from ._operator import _on, rows
 from ._plan import power
-from ._tile import load_rows
 
 LEAST = tl.constexpr(-3e38)
 """a score that is NaN or -inf counts as this: above those of blocks that may not be chosen"""

@@ -5,40 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-"""`exp(x) = exp2(LOG2E x)`"""
-
-
-@triton.jit
-def load_rows(p_base, o_row, m_row, stride, D: tl.constexpr, BD: tl.constexpr):
-    """Rows `o_row` of a matrix with unit inner stride as `[len(o_row), BD]`, zero outside."""
-    o_d = tl.arange(0, BD)
-    p_row = p_base + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    if D == BD:
-        b_row = tl.load(p_row, mask=m_row[:, None], other=0.0)
-    else:
-        b_row = tl.load(p_row, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
-    return b_row
-
-
-@triton.jit
-def store_rows(p_base, o_row, m_row, b_row, D: tl.constexpr, BD: tl.constexpr):
-    """Write `b_row: [len(o_row), BD]` to rows `o_row` of a contiguous matrix."""
-    o_d = tl.arange(0, BD)
-    p_row = p_base + o_row.to(tl.int64)[:, None] * D + o_d[None, :]
-    b_row = b_row.to(p_base.dtype.element_ty)
-    if D == BD:
-        tl.store(p_row, b_row, mask=m_row[:, None])
-    else:
-        tl.store(p_row, b_row, mask=m_row[:, None] & (o_d < D)[None, :])
+from .._tile import store_rows
 
 
 @triton.jit
 def store_output(p_out, p_low, o_row, m_row, b_out, LOW: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
     """Write an output, and with LOW what rounding it took away."""
-    store_rows(p_out, o_row, m_row, b_out, D, BD)
+    store_rows(p_out, o_row, m_row, D, b_out, D, BD)
     if LOW:
-        store_rows(p_low, o_row, m_row, b_out - b_out.to(p_out.dtype.element_ty).to(tl.float32), D, BD)
+        store_rows(p_low, o_row, m_row, D, b_out - b_out.to(p_out.dtype.element_ty).to(tl.float32), D, BD)
 
 
 @triton.jit

@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tile import LOG2E, attend_both, attend_to, head_offset, load_rows, segment_of, store_rows
+from .._tile import LOG2E, head_offset, load_rows, store_rows
+from ._tile import attend_both, attend_to, segment_of
 
 
 @triton.jit

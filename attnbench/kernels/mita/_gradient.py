@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tile import LOG2E, averaged, head_offset, load_rows, segment_of, store_rows
+from .._tile import LOG2E, head_offset, load_rows, store_rows
+from ._tile import averaged, segment_of
 
 
 @triton.jit

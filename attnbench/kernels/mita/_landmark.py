@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tile import LOG2E, head_offset, load_rows, online_softmax, store_rows
+from .._tile import LOG2E, head_offset, load_rows, store_rows
+from ._tile import online_softmax
 
 
 @triton.jit

@@ -8,7 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tile import averaged, load_rows, store_rows
+from .._tile import load_rows, store_rows
+from ._tile import averaged
 
 
 @triton.jit

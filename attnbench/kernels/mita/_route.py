@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._tile import head_offset, load_rows
+from .._tile import head_offset, load_rows
 
 
 @triton.jit
