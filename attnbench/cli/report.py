@@ -2,12 +2,15 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from attnbench.cli._output import complain
 from attnbench.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Format(StrEnum):
@@ -22,6 +25,9 @@ def report(
     lengths: Annotated[str, typer.Option(metavar="N,...", help="Only these lengths. Default: all.")] = "",
     format_: Annotated[Format, typer.Option("--format")] = Format.MARKDOWN,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write there, and print the path. Default: stdout.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page with plots instead, for a browser, without network.")
+    ] = None,
 ) -> None:
     """Write the results as tables: a row a method, a column a length, speed-ups over the best dense method, failures in their place."""
     from attnbench import frame, tables
@@ -29,12 +35,32 @@ def report(
     table, notes = frame.load(results)
     for note in notes:
         complain(note)
+    if html is not None:
+        _refuse_other_forms(lengths, format_, out)
+        _write(html, _page(results, table))
+        print(html)
+        return
     text = tables.render(tables.report(table, _lengths(lengths)), format_.value)
     if out is None:
         print(text)
     else:
         _write(out, text + "\n")
         print(out)
+
+
+def _refuse_other_forms(lengths: str, format_: Format, out: Path | None) -> None:
+    if lengths or out or format_ is not Format.MARKDOWN:
+        raise UserError("--html shows all lengths in a form of its own: leave --lengths, --format and --out out")
+
+
+def _page(results: Path, table: "pd.DataFrame") -> str:
+    from attnbench import page, store
+    from attnbench.figures import _interactive
+
+    if table.empty:
+        raise UserError(f"{results} holds no record yet: run a suite first")
+    environments = {key: facts for file in store.find(results) for key, facts in store.environments(file).items()}
+    return page.build(table, environments, _interactive.plots(table), _interactive.script(), _interactive.legend())
 
 
 def _lengths(text: str) -> list[int] | None:

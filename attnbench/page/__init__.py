@@ -1,0 +1,160 @@
+"""The results as one HTML file that needs no network: what was found, plots to zoom into, a table to sort, and how each number is made.
+
+A content security policy in the page itself forbids every request.
+"""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from importlib.resources import files
+from typing import TYPE_CHECKING, Any, Protocol
+
+from attnbench import series
+from attnbench.page import joined
+from attnbench.page.summary import sentences
+from attnbench.taxonomy import Family
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import pandas as pd
+
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:"
+_DIMENSIONS = ("family", "scaling", "expert", "count", "construction", "topology")
+_UNKNOWN = "unknown"
+
+
+class Plot(Protocol):
+    """A plot, and where it stands."""
+
+    @property
+    def section(self) -> str:
+        """Plots of one section stand together."""
+
+    @property
+    def title(self) -> str:
+        """What is above it."""
+
+    @property
+    def item(self) -> str:
+        """JSON for `Bokeh.embed.embed_item`."""
+
+
+def build(
+    table: pd.DataFrame, environments: Mapping[str, Mapping[str, Any]], plots: Sequence[Plot], script: str, colours: Mapping[str, str]
+) -> str:
+    """The page. `script` is Bokeh's own JavaScript, `colours` gives each family its colour, `environments` those of the records by id."""
+    rows = joined.rows(table)
+    known = _methods(rows)
+    return "\n".join([
+        "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">', '<link rel="icon" href="data:,">',
+        "<title>attnbench: results</title>", f"<style>{_asset('page.css')}</style>", "</head>", "<body>", "<main>",
+        "<h1>attnbench: results</h1>", '<section id="summary">', *(f"<p>{escape(s)}</p>" for s in sentences(table)), "</section>",
+        *_filters(known, rows, colours), *_figures(plots), *_table(rows), *_environments(environments, rows), "</main>",
+        f'<script type="application/json" id="methods">{_json(known)}</script>',
+        f"<script>{_inline(script)}</script>", f"<script>{_asset('page.js')}</script>", "</body>", "</html>", "",
+    ])  # fmt: skip
+
+
+def _asset(name: str) -> str:
+    return files("attnbench.page").joinpath(name).read_text(encoding="utf-8")
+
+
+def _json(value: object) -> str:
+    return _inline(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+
+
+def _inline(text: str) -> str:
+    """Text inside a script element, which it may not end."""
+    return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+
+
+def _methods(rows: Iterable[joined.Row]) -> dict[str, dict[str, str]]:
+    """Method -> its place in the taxonomy."""
+    found = {}
+    for name in dict.fromkeys(str(row["method"]) for row in rows):
+        method = series.method_of(name)
+        place = {d: str(getattr(method.coordinates, d)) for d in _DIMENSIONS[1:]} if method else dict.fromkeys(_DIMENSIONS[1:], _UNKNOWN)
+        found[name] = {"family": str(method.family) if method else _UNKNOWN, **place}
+    return found
+
+
+def _filters(known: Mapping[str, Mapping[str, str]], rows: Sequence[joined.Row], colours: Mapping[str, str]) -> Iterable[str]:
+    yield '<form id="filters" aria-label="Filters"><label>search<input type="search" name="text" placeholder="method"></label>'
+    for name in _DIMENSIONS:
+        yield _select(name, sorted({place[name] for place in known.values()}, key=lambda v: (series.family_rank(v), v)))
+    for name in ("suite", "mode", "status"):
+        yield _select(name, sorted({str(row[name]) for row in rows}))
+    yield '<button type="reset">show all</button><output id="shown" aria-live="polite"></output></form>'
+    present = {place["family"] for place in known.values()}
+    keys = (f'<span><i style="background:{colours[f]}"></i>{escape(f)}</span>' for f in map(str, Family) if f in present and f in colours)
+    yield f'<p id="legend">{"".join(keys)}</p>'
+
+
+def _select(name: str, values: Iterable[str]) -> str:
+    options = "".join(f"<option>{escape(v)}</option>" for v in values)
+    return f'<label>{name}<select name="{name}"><option value="">all</option>{options}</select></label>'
+
+
+def _figures(plots: Sequence[Plot]) -> Iterable[str]:
+    yield '<section id="figures"><h2>Figures</h2><p class="hint">Drag to zoom, point at a mark to read it. Crosses above the lines '
+    yield "are cells that failed; a grey band is the noise floor. Filters by method act on plots and table.</p>"
+    yield "<noscript><p>Plots need JavaScript, the table below does not.</p></noscript>"
+    first = True
+    for section in dict.fromkeys(plot.section for plot in plots):
+        yield f"<details{' open' if first else ''}><summary>{escape(section)}</summary>"
+        for plot in (p for p in plots if p.section == section):
+            yield f'<figure><figcaption>{escape(plot.title)}</figcaption><div class="plot"></div>'
+            yield f'<script type="application/json">{_inline(plot.item)}</script></figure>'
+        yield "</details>"
+        first = False
+    yield "</section>"
+
+
+def _table(rows: Sequence[joined.Row]) -> Iterable[str]:
+    heads = "".join(
+        f'<th scope="col"{" class=number" if c.numeric else ""}><button type="button" title="{escape(c.help or c.title)}">'
+        f"{escape(c.title)}</button></th>"
+        for c in joined.COLUMNS
+    )
+    yield '<section id="cells"><h2>Cells</h2><p class="hint">A heading sorts by its column.</p><div class="wide"><table>'
+    yield f'<thead><tr>{heads}<th scope="col">again</th></tr></thead><tbody>'
+    for row in rows:
+        yield _line(row)
+    yield "</tbody></table></div></section>"
+
+
+def _line(row: joined.Row) -> str:
+    marks = {name: row[name] for name in ("method", "suite", "mode", "status", "series")}
+    data = "".join(f' data-{name}="{escape(str(value))}"' for name, value in marks.items())
+    cells = "".join(
+        f'<td class="number" data-v="{c.key(row)}">{escape(c.text(row))}</td>' if c.numeric else f"<td>{escape(c.text(row))}</td>"
+        for c in joined.COLUMNS
+    )
+    why = f"<p>{escape(row['reason'])}</p>" if row["reason"] else ""
+    facts = f"{row['started']}, commit {row['commit'] or 'unknown'}, environment {row['env_id']}"
+    again = f"<details><summary>command</summary>{why}<code>{escape(row['command'])}</code><p>{escape(facts)}</p></details>"
+    return f"<tr{data}>{cells}<td>{again}</td></tr>"
+
+
+def _environments(environments: Mapping[str, Mapping[str, Any]], rows: Iterable[joined.Row]) -> Iterable[str]:
+    used = dict.fromkeys(str(row["env_id"]) for row in rows)
+    yield '<section id="environments"><h2>Environments</h2>'
+    for key in used:
+        facts = environments.get(key, {})
+        yield f"<details><summary>{escape(key)}: {escape(str(facts.get('device', 'not recorded')))}</summary><dl>"
+        for name, value in _flat(facts):
+            yield f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+        yield "</dl></details>"
+    yield "</section>"
+
+
+def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for name, value in facts.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name} ")
+        else:
+            yield prefix + name, f"{value:.4g}" if isinstance(value, float) else str(value)

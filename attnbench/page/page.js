@@ -1,0 +1,87 @@
+"use strict";
+(() => {
+  const methods = JSON.parse(document.getElementById("methods").textContent);
+  const form = document.getElementById("filters");
+  const body = document.querySelector("#cells tbody");
+  const rows = [...body.rows];
+  const dimensions = ["family", "scaling", "expert", "count", "construction", "topology"];
+  const plots = []; // of each figure that was drawn: its sources, each with the whole of its data
+
+  // Whether a method, under the printed name of a series, passes the filters by method.
+  const wanted = (method, series) => {
+    const text = form.elements.text.value.trim().toLowerCase();
+    const place = methods[method] || {};
+    return dimensions.every((d) => !form.elements[d].value || place[d] === form.elements[d].value)
+      && (!text || `${method} ${series}`.toLowerCase().includes(text));
+  };
+
+  // Show of a figure's sources what passes; a figure of which nothing is left goes, with what it holds.
+  const narrow = ({ figure, sources, range, factors }) => {
+    const kept = sources.map(({ whole }) => [...whole.series.keys()].filter((i) => wanted(whole.method[i], whole.series[i])));
+    figure.hidden = kept.every((rows) => rows.length === 0);
+    if (figure.hidden) return;
+    sources.forEach(({ source, whole }, s) => {
+      source.data = Object.fromEntries(Object.entries(whole).map(([name, column]) => [name, kept[s].map((i) => column[i])]));
+    });
+    if (range) {
+      const bars = new Set(sources.flatMap(({ source }) => source.data.bar));
+      range.factors = factors.filter((f) => bars.has(f));
+    }
+  };
+
+  const filter = () => {
+    let shown = 0;
+    for (const row of rows) {
+      const own = ["suite", "mode", "status"].every((k) => !form.elements[k].value || row.dataset[k] === form.elements[k].value);
+      row.hidden = !(own && wanted(row.dataset.method, row.dataset.series));
+      shown += row.hidden ? 0 : 1;
+    }
+    document.getElementById("shown").textContent = `${shown} of ${rows.length} cells`;
+    plots.forEach(narrow);
+  };
+
+  const draw = async (figure) => {
+    const target = figure.querySelector(".plot");
+    target.id = `plot-${[...document.querySelectorAll(".plot")].indexOf(target)}`;
+    const item = JSON.parse(figure.querySelector("script").textContent);
+    const views = await Bokeh.embed.embed_item(item, target.id);
+    const model = [...views][0].model;
+    const sources = model.renderers.map(({ data_source: source }) => ({
+      source, whole: Object.fromEntries(Object.entries(source.data).map(([name, column]) => [name, [...column]])),
+    }));
+    const range = sources.some(({ whole }) => whole.bar) ? model.y_range : null;
+    const plot = { figure, sources, range, factors: range ? [...range.factors] : [] };
+    plots.push(plot);
+    narrow(plot);
+  };
+
+  // A plot is drawn when it first comes near the screen: a page may hold a hundred.
+  const watch = new IntersectionObserver((entries) => {
+    for (const entry of entries.filter((e) => e.isIntersecting)) {
+      watch.unobserve(entry.target);
+      draw(entry.target);
+    }
+  }, { rootMargin: "400px" });
+  document.querySelectorAll("figure").forEach((figure) => watch.observe(figure));
+
+  const cell = (row, i) => {
+    const { v } = row.cells[i].dataset;
+    if (v === undefined) return row.cells[i].textContent;
+    return v === "" ? null : Number(v);
+  };
+  const compare = (a, b) => (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
+  const heads = [...document.querySelectorAll("#cells th")];
+  heads.forEach((head, i) => head.querySelector("button")?.addEventListener("click", () => {
+    const down = head.getAttribute("aria-sort") === "ascending";
+    heads.forEach((h) => h.removeAttribute("aria-sort"));
+    head.setAttribute("aria-sort", down ? "descending" : "ascending");
+    const known = rows.filter((row) => cell(row, i) !== null);
+    known.sort((a, b) => (down ? -1 : 1) * compare(cell(a, i), cell(b, i)));
+    body.append(...known, ...rows.filter((row) => cell(row, i) === null)); // what has no value stands last
+  }));
+
+  form.addEventListener("input", filter);
+  form.addEventListener("reset", () => setTimeout(filter));
+  form.addEventListener("submit", (event) => event.preventDefault());
+  filter();
+})();
