@@ -214,17 +214,17 @@ class Suite:
         if BUDGET in axes and not any(get(e.name).budget for e in entries):
             names = ", ".join(dict.fromkeys(e.name for e in entries))
             raise UserError(f"suite {self.name}: the width of {names} is fixed: leave the budget out, or name a method that has one")
-        merged = {k: v for k, v in {**self.axes, **changed}.items() if not (self.points and k == "data")}
-        return replace(self, axes=merged, points=self._pointed(changed), methods=tuple(e.with_params(params) for e in entries))
+        return replace(
+            self, axes={**self.axes, **changed}, points=self._pointed(changed), methods=tuple(e.with_params(params) for e in entries)
+        )
 
     def _pointed(self, changed: Mapping[str, tuple[Any, ...]]) -> tuple[Mapping[str, tuple[Any, ...]], ...]:
-        """The points with other values; of `data`, those points that have it, else the first with it."""
-        kept = []
-        for name in changed.get("data", [x for point in self.points for x in point.get("data", ())]) if self.points else ():
-            having = [point for point in self.points if name in point.get("data", ())] or [self.points[0]]
-            kept += [{**point, "data": (name,)} for point in having]
-        rest = {k: v for k, v in changed.items() if k != "data"}
-        return tuple({k: rest.get(k, v) for k, v in point.items()} for point in kept)
+        """The points with other values; of a trained task, the points that have it, else the first with it."""
+        kept = self.points
+        if "data" in changed and any("data" in point for point in kept):
+            having = {name: [point for point in kept if name in point.get("data", ())] or kept[:1] for name in changed["data"]}
+            kept = tuple({**point, "data": (name,)} for name, points in having.items() for point in points)
+        return tuple({k: v if k == "data" else changed.get(k, v) for k, v in point.items()} for point in kept)
 
     def _named(self, name: str) -> list[Entry]:
         """Entries called exactly so, else those of the method whatever their implementation."""
