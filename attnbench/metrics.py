@@ -113,6 +113,9 @@ METRICS: dict[str, Metric] = {
         Metric("max_load", "max_load", "load share of the busiest expert", "", "lower"),
         Metric("pruned", "pruned", "tokens that no routed expert keeps", "", "lower", "linear"),
         Metric("duplicates", "duplicates", "places in experts that repeat a token", "", "lower", "linear"),
+        Metric("accuracy", "accuracy", "test accuracy", "", "higher", "linear"),
+        Metric("accuracy_before", "accuracy_before", "test accuracy with the method trained with", "", "higher", "linear"),
+        Metric("train_tokens_per_s", "train_tokens_per_s", "training throughput", "thousand tokens/s", "higher", divide=1e3),
         Metric("top1_agreement", "top1_agreement", "top-1 agreement with softmax", "", "higher", "linear"),
     )
 }

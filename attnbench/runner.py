@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from attnbench import environment, executor, store
 from attnbench.energy import ABSENT
 from attnbench.record import Record, Status
-from attnbench.suite import Case
+from attnbench.suite import TRAINED, Case
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -204,7 +204,7 @@ def command(suite: str, case: Case, device: str, plugins: Sequence[Path] = (), b
     ]
     words += ["--budget", f"keys={','.join(map(str, budgets))}"] if budgets else []
     for name in axes:
-        if name in case.as_dict():
+        if case.task == TRAINED or name in case.as_dict():
             words += ["--axis", f"{name}={_word(getattr(case, name))}"]
     for name, value in case.params:
         words += ["--set", f"{case.method}.{name}={_word(value)}"]
