@@ -26,6 +26,9 @@ CONDITIONS = ("batch", "heads", "kv_heads", "dim", "dim_v", "dtype", "l2", "grap
 INPUTS = ("profile", "seed")
 """Conditions that the tasks fidelity and health vary within one picture."""
 
+_VARIED = {"fidelity": INPUTS, "health": INPUTS, "accuracy": ("batch", "seed")}
+"""Task -> conditions that vary within one picture of it."""
+
 SHORT = {"batch": "B", "heads": "H", "kv_heads": "Hkv", "dim": "D", "dim_v": "Dv"}
 """Condition -> its axis letter."""
 
@@ -42,11 +45,17 @@ class Group(NamedTuple):
 def groups(table: pd.DataFrame) -> Iterator[Group]:
     """Split a table by device, suite, task and conditions: nothing is ever pooled over these."""
     for (suite, device, task), rows in table.groupby(["suite", "device", "task"], sort=True):
-        keys = [c for c in CONDITIONS if not (task in ("fidelity", "health") and c in INPUTS)]
+        keys = [c for c in CONDITIONS if c not in _VARIED.get(str(task), ())]
         vary = [c for c in keys if rows[c].nunique() > 1]
         for values, part in rows.groupby(vary, sort=True) if vary else [((), rows)]:
             extra = [device_slug(f"{SHORT.get(c, c)}{v}") for c, v in zip(vary, values, strict=True)]
             yield Group(str(suite), "-".join([device_slug(str(device)) or "unknown-device", *extra]), part)
+
+
+def one_device(table: pd.DataFrame) -> None:
+    """Raise `ValueError` where a table holds rows of several devices: what was measured on one says nothing of another."""
+    if "device" in table and table["device"].nunique() > 1:
+        raise ValueError("the table mixes devices: split it with attnbench.series.groups, or the figure's own groups, first")
 
 
 def method_of(name: str) -> Method | None:
@@ -159,7 +168,7 @@ def pairs(table: pd.DataFrame) -> list[tuple[float, float]]:
     """Median times `(first, again)` of every A/A pair, in seconds; a pair ran the same code in one environment."""
     if "time_s" not in table:
         return []
-    keys = ["suite", "env_id", "commit", "implementation", "label", "params", "task", "mode", "n", *CONDITIONS]
+    keys = ["suite", "device", "env_id", "commit", "implementation", "label", "params", "task", "mode", "n", *CONDITIONS]
     measured = table[table["status"] == "ok"]
     again = measured[measured["replicate"] > 0]
     first = measured[measured["replicate"] == 0]

@@ -45,6 +45,7 @@ class Facets:
         """
         if table.empty:
             return pd.DataFrame()
+        series.one_device(table)
         rows = frame.current(table)
         rows = rows[rows["task"] == self.task]
         if rows.empty:

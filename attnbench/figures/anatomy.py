@@ -56,6 +56,7 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
     rows = _taken_apart(table)
     if rows.empty:
         return pd.DataFrame()
+    series.one_device(rows)
     cells = rows.assign(series=series.labels(rows)).to_dict("records")
     found = [line for cell in cells for line in _lines({str(k): v for k, v in cell.items()})]
     ordered = sorted(found, key=lambda p: (series.family_rank(p["family"]), series.natural(str(p["series"])), p["panel"], p["n"]))

@@ -46,6 +46,7 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
     """
     if table.empty or "budget" not in table or "rel_error" not in table:
         return pd.DataFrame()
+    series.one_device(table)
     rows = frame.current(table)
     rows = rows[(rows["task"] == "fidelity") & (rows["mode"] == "forward") & (rows["replicate"] == 0) & (rows["status"] == "ok")]
     if not rows["budget"].map(bool).any():

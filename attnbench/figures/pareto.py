@@ -47,6 +47,7 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
     """
     if table.empty or not (table["status"] == "ok").any() or "rel_error" not in table:
         return pd.DataFrame()
+    series.one_device(table)
     rows = frame.current(table)
     rows = rows[(rows["status"] == "ok") & (rows["replicate"] == 0) & (rows["mode"] == "forward")]
     errors, speed = rows[rows["rel_error"].notna()], rows[rows["task"] == "speed"]
