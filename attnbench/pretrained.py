@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from torch import Tensor, nn
 
+    from attnbench.nn import TinyTransformer
+    from attnbench.tasks.trained import TrainedTask
+
 LIBRARIES = ("transformers", "timm")
 _N = 512
 """tokens of a text where the model allows as many and none are asked for"""
@@ -49,7 +52,7 @@ def open_model(name: str, *, data: Path | None = None, batch: int = 1, n: int | 
     if not (colon and library in LIBRARIES):
         path = Path(name)
         if path.is_file():
-            return _checkpoint(path, data, batch, device)
+            return _checkpoint(path, data, batch, n, device)
         library, rest = _library(path), name
     return (_transformers if library == "transformers" else _timm)(rest, data, batch, n, device)
 
@@ -69,7 +72,11 @@ def _library(path: Path) -> str:
     raise UserError(f"{path / 'config.json'} names no model_type (transformers) and no architecture (timm)")
 
 
-def _checkpoint(path: Path, data: Path | None, batch: int, device: str) -> Opened:
+def open_checkpoint(path: Path, data: Path | None = None) -> tuple[TinyTransformer, TrainedTask]:
+    """The model of a checkpoint that training wrote, ready to be evaluated, and its task, on the folder `data` where that reads one.
+
+    Raises `UserError` where it is none.
+    """
     from attnbench.nn import Architecture, TinyTransformer
     from attnbench.tasks import trained
 
@@ -79,8 +86,14 @@ def _checkpoint(path: Path, data: Path | None, batch: int, device: str) -> Opene
     own = state["architecture"]
     model = TinyTransformer(Architecture(**{**own, "grid": tuple(own["grid"]) if own["grid"] else None}))
     model.load_state_dict(state["model"])
-    model.to(device).eval()
-    task = trained.get(f"{state['task']}:{data}" if data else state["task"])
+    return model.eval(), trained.get(f"{state['task']}:{data}" if data else state["task"])
+
+
+def _checkpoint(path: Path, data: Path | None, batch: int, n: int | None, device: str) -> Opened:
+    model, task = open_checkpoint(path, data)
+    if n not in (None, model.architecture.tokens):
+        raise UserError(f"{path} was trained at N = {model.architecture.tokens}: leave out --n")
+    model.to(device)
     inputs = task.batch("test", 0, batch, model.architecture.tokens, 0).inputs.to(device)
     return Opened(model, lambda: model.features(inputs), f"{path.name} on the test split of {task.name}")
 

@@ -1,4 +1,4 @@
-"""Pictures of a task's examples: exactly what a model gets."""
+"""Pictures of a task's examples and of the tokens that experts keep: exactly what a model gets and does."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -7,8 +7,11 @@ import pytest
 import torch
 from cli_support import call
 
-from attnbench.figures import _examples
-from attnbench.tasks import images, trained
+from attnbench import checkpoint
+from attnbench.errors import UserError
+from attnbench.figures import _examples, _kept
+from attnbench.nn import Architecture, TinyTransformer
+from attnbench.tasks import images, routing, trained
 from attnbench.tasks.images import patches
 
 
@@ -44,3 +47,54 @@ def test_a_task_without_pictures_is_refused_in_one_line(tmp_path, task, words):
     result = call("plot", "--examples", task, "--out", tmp_path)
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+PIXELS = {"vocabulary": 2, "classes": 2, "tokens": 256, "grid": (16, 16), "dim": 16, "heads": 2, "depth": 3}
+
+
+def model_of(method, **params):
+    torch.manual_seed(0)
+    return TinyTransformer(Architecture(method=method, params=params, **PIXELS)).eval()
+
+
+@pytest.mark.parametrize("class_token", [False, True])
+def test_maps_show_what_experts_keep_and_captions_what_they_prune(class_token):
+    task = trained.get("pathfinder")
+    torch.manual_seed(0)
+    model = TinyTransformer(Architecture(method="mita", params={"landmarks": 9, "topk": 4}, class_token=class_token, **PIXELS)).eval()
+    batch = task.batch("test", 0, 2, 256, 0)
+    found = routing.layers(model, batch)
+    maps = _kept.shares(task, batch, found)
+    assert maps.shape == (3, 2, 16, 16)
+    for layer, own in zip(found, maps, strict=True):
+        for example in range(2):
+            for token in range(256):
+                heads = [bool(layer.kept[example, head, token + class_token]) for head in range(2)]
+                assert own[example, token // 16, token % 16] == sum(heads) / 2
+    figure = _kept.build(task, batch, found)
+    panels = [panel.images[0].get_array() for panel in figure.axes]
+    titles = [panel.get_title() for panel in figure.axes[1:4]]
+    plt.close(figure)
+    assert np.array_equal(np.stack(panels[1:4]), maps[:, 0])
+    assert titles == [f"layer {i}: {1 - x.mean():.0%} pruned" for i, x in enumerate(maps)]
+    table = _kept.data(task, batch, found)
+    assert table["kept"].sum() == pytest.approx(maps.sum())
+    assert table.query("layer == 2 and example == 1 and row == 3 and column == 5")["kept"].item() == maps[2, 1, 3, 5]
+
+
+def test_models_whose_experts_hold_no_tokens_have_no_map():
+    task = trained.get("pathfinder")
+    batch = task.batch("test", 0, 1, 256, 0)
+    with pytest.raises(UserError, match="nothing is kept or pruned"):
+        _kept.shares(task, batch, routing.layers(model_of("agent", landmarks=9), batch))
+    with pytest.raises(UserError, match="are sequences"):
+        _kept.shares(trained.get("mqar"), batch, [])
+
+
+def test_the_command_draws_the_map_of_a_checkpoint(tmp_path):
+    model = model_of("mita", landmarks=9, topk=4)
+    state = {"architecture": model.architecture.as_dict(), "task": "pathfinder", "model": model.state_dict()}
+    checkpoint.save(tmp_path / "small.pt", state)
+    lines = call("plot", "--kept", tmp_path / "small.pt", "--out", tmp_path).stdout.splitlines()
+    assert [line.rpartition("/")[2] for line in lines] == [f"kept-small.{kind}" for kind in ("pdf", "png", "csv")]
+    assert len(pd.read_csv(tmp_path / "kept-small.csv")) == 3 * 4 * 256

@@ -14,6 +14,10 @@ def plot(
     examples: Annotated[
         list[str], typer.Option("--examples", metavar="TASK", help="Instead draw examples of a task of pictures. Repeatable.")
     ] = [],
+    kept: Annotated[
+        Path | None, typer.Option("--kept", metavar="CHECKPOINT", help="Instead draw which tokens the experts of a trained model keep.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option("--data", metavar="PATH", help="With --kept: the folder of images of its task.")] = None,
 ) -> None:
     """Draw every figure that the results allow, each as .pdf, .png and a .csv of exactly what was drawn; print their paths."""
     from attnbench import frame
@@ -22,6 +26,9 @@ def plot(
     folder = out or (results.parent if results.is_file() else results) / "figures"
     if examples:
         _draw_examples(examples, folder)
+    if kept:
+        _draw_kept(kept, data, folder)
+    if examples or kept:
         return
     table, notes = frame.load(results)
     for note in notes:
@@ -40,3 +47,18 @@ def _draw_examples(tasks: list[str], folder: Path) -> None:
             for n in task.lengths:
                 for path in write(_examples.build(task, n), _examples.data(task, n), folder / f"examples-{task.name}-{n}"):
                     print(path)
+
+
+def _draw_kept(checkpoint: Path, data: Path | None, folder: Path) -> None:
+    """On the first test examples of the task that the model was trained on."""
+    from attnbench.batches import Prepared
+    from attnbench.figures import _kept, _style, write
+    from attnbench.pretrained import open_checkpoint
+    from attnbench.tasks.routing import layers
+
+    model, task = open_checkpoint(checkpoint, data)
+    batch = task.batch("test", 0, 4, model.architecture.tokens, 0)
+    found = layers(model, Prepared(batch.inputs, batch.targets, batch.groups, None, None))
+    with _style.paper():
+        for path in write(_kept.build(task, batch, found), _kept.data(task, batch, found), folder / f"kept-{checkpoint.stem}"):
+            print(path)
