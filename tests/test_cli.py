@@ -33,7 +33,7 @@ FLAGS = {
     "merge": {"--into"},
     "paper": {"--out", "--lengths"},
     "plan": {"--method", "--axis", "--set", "--budget", "--flops", "--bandwidth", "--json", "--plugin"},
-    "plot": {"--out", "--examples"},
+    "plot": {"--out", "--examples", "--kept", "--data"},
     "report": {"--format", "--lengths", "--out"},
     "run": {
         *("--results", "--device", "--method", "--axis", "--set", "--budget", "--resume", "--no-resume", "--retry", "--timeout"),
