@@ -83,6 +83,13 @@ def test_heads_are_repeated_for_methods_that_share_none() -> None:
     assert torch.equal(grouped, whole)
 
 
+@pytest.mark.parametrize(("label", "message"), [("linear", "use_cache=False"), ("mita", "has no causal form")])
+def test_a_mask_that_hides_nothing_makes_no_cache_readable(label: str, message: str) -> None:
+    q, k, v = qkv(n=1)
+    with pytest.raises(UserError, match=message):
+        function(label)(Layer(causal=True), q, k, v, torch.ones(2, 1, 1, 8, dtype=torch.bool))
+
+
 HALF = torch.ones(8, 8, dtype=torch.bool).triu(1).logical_not()
 PADDED = torch.ones(2, 1, 1, 8, dtype=torch.bool).index_fill(3, torch.tensor([7]), value=False)
 
@@ -392,6 +399,17 @@ def test_a_method_is_told_prefix_and_grid_and_shares_the_weights(vit: Transforme
             p.sub_(1e-3 * p.grad)
     restore(vit)
     assert not torch.equal(vit(TOKENS), exact)  # trained while swapped
+
+
+def test_a_grid_of_all_tokens_needs_a_model_without_a_class_token(vit: Transformer) -> None:
+    with pytest.raises(UserError, match="class_token=False"):
+        swap_attention(vit, "inline")
+    with pytest.raises(UserError, match="give two whole numbers"):
+        swap_attention(vit, "inline", grid=(0, 1))
+    vit.num_prefix_tokens = 0
+    swap_attention(vit, "inline", grid=(6, 4))
+    assert attentions(vit)[0].operator.params.grid == "6x4"  # type: ignore[union-attr]
+    assert vit(TOKENS[:, 2:]).shape == (2, 24, 16)
 
 
 def test_swapping_again_replaces_the_method(vit: Transformer) -> None:

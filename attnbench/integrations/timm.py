@@ -26,7 +26,7 @@ from torch import nn
 
 import attnbench
 from attnbench.errors import UserError, unknown
-from attnbench.nn import _operator
+from attnbench.nn import _grid, _operator
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnbench.method import Method
+    from attnbench.nn._grid import Grid
 
 __all__ = ["PRESETS", "Geometry", "SwappedAttention", "preset", "restore", "swap_attention"]
 
@@ -104,7 +105,12 @@ def swap_attention(model: Model, method: str, **params: object) -> Model:
     """
     found = attnbench.get(method)
     prefix, grid = int(getattr(model, "num_prefix_tokens", 0)), getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    known = _operator.told(found, prefix, grid, causal=False) | params
+    wanted = _grid.read(cast("Grid", params.get("grid", grid)))
+    try:
+        told = _operator.told(found, prefix, wanted, causal=False)
+    except UserError as error:
+        raise UserError(f"{error}, as timm makes it with class_token=False and global_pool='avg'") from None
+    known = told | params | {name: value for name, value in told.items() if name == "grid"}  # as text
     tokens = None if grid is None else prefix + grid[0] * grid[1]
 
     def swapped(attention: nn.Module) -> nn.Module:

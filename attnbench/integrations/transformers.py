@@ -190,7 +190,7 @@ class AttentionFunction:
     def _causal(self, q: Tensor, k: Tensor, mask: Tensor | None, *, causal: bool) -> bool:
         """Whether a query reads only what is before it, by the mask where there is one."""
         if mask is not None:
-            causal = is_causal_mask(mask, q.shape[2], k.shape[2], self.name)
+            causal = is_causal_mask(mask, q.shape[2], k.shape[2], self.name) or (causal and q.shape[2] == 1)
         if not causal:
             return False
         if self.method.limits.no_causal:
