@@ -27,22 +27,14 @@ import numpy as np
 import torch
 
 from attnbench.errors import UserError
+from attnbench.tasks import _dashes
 from attnbench.tasks._draw import balanced, generator
 from attnbench.tasks.trained import Batch, TrainedTask, square
 
 if TYPE_CHECKING:
     from attnbench.tasks.trained import Split
 
-_GAP, _APART = 1, 2
-"""blank pixels between dashes of a path, and between paths, at least"""
-_HEADINGS, _TURN = 12, 1.0
-"""headings tried for a dash, and the largest turn in radians"""
-_AHEAD = 9
-"""pixels that a heading looks ahead: the first that sees most of them free is taken"""
-_BORDER, _SMALLEST = 8, 16
-
-
-_POINT = np.zeros((1, 2), int)
+_SMALLEST = 16
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ class Drawing:
     @property
     def dot(self) -> np.ndarray:
         """Offsets `[P, 2]` of the pixels of a dot."""
-        return _disc(self.radius)
+        return _dashes.disc(self.radius)
 
 
 def drawing(n: int) -> Drawing:
@@ -91,49 +83,23 @@ def batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
     return Batch(chosen, torch.from_numpy(labels.astype(np.int64)), mask, torch.from_numpy(distances))
 
 
-class _Canvas:
-    """Which pixels are drawn and which are too near to them, `[C, S + borders, S + borders]`; borders count as near."""
-
-    def __init__(self, count: int, side: int) -> None:
-        self.side = side
-        self.ink = np.zeros((count, side + 2 * _BORDER, side + 2 * _BORDER), bool)
-        self.near = np.ones_like(self.ink)
-        self.near[:, _BORDER:-_BORDER, _BORDER:-_BORDER] = False
-
-    def free(self, pixels: np.ndarray, near: np.ndarray, reach: np.ndarray) -> np.ndarray:
-        """Whether all `pixels: [C, .., P, 2]`, grown by offsets `reach: [R, 2]`, lie where `near` is not: `[C, ..]`."""
-        at = pixels[..., None, :] + reach + _BORDER
-        image = np.arange(len(pixels)).reshape(-1, *[1] * (at.ndim - 2))
-        hit: np.ndarray = near[image, at[..., 0].clip(0, self.side + 2 * _BORDER - 1), at[..., 1].clip(0, self.side + 2 * _BORDER - 1)]
-        return np.asarray(~hit.any((-1, -2)))
-
-    def keep(self, where: np.ndarray) -> None:
-        """Keep only the images `where: [C]`."""
-        self.ink, self.near = self.ink[where], self.near[where]
-
-    def stamp(self, target: np.ndarray, pixels: np.ndarray, reach: np.ndarray, where: np.ndarray) -> None:
-        """Set `target` at `pixels: [C, P, 2]`, grown by `reach`, in the images `where: [C]`."""
-        at = (pixels[where][:, :, None] + reach + _BORDER).clip(0, self.side + 2 * _BORDER - 1)
-        target[np.flatnonzero(where)[:, None, None], at[..., 0], at[..., 1]] = True
-
-
 def _scenes(rng: np.random.Generator, count: int, sizes: Drawing) -> tuple[np.ndarray, np.ndarray]:
     """Images `[B, 2, N]`, of class 0 and of class 1, and the distance of the dots in pixels `[B]`, of the scenes that came off."""
-    canvas, tips = _Canvas(count, sizes.side), np.zeros((count, 0, 2, 2), int)
+    canvas, tips = _dashes.Canvas(count, sizes.side), np.zeros((count, 0, 2, 2), int)
     for _ in range(2):
-        pixels, ok = _grow(rng, canvas, sizes.dashes, sizes, sizes.dot)
+        pixels, ok = _dashes.grow(rng, canvas, sizes.dashes, sizes.dash, sizes.dot)
         canvas.keep(ok)
         tips = np.concatenate([tips, pixels[:, None, [0, -1]]], 1)[ok]
-        _draw(canvas, pixels[ok], np.ones(len(tips), bool), sizes.dot)
+        _dashes.draw(canvas, pixels[ok], np.ones(len(tips), bool), sizes.dot)
     for _ in range(sizes.distractors):
-        pixels, ok = _grow(rng, canvas, sizes.short, sizes, _POINT)
-        _draw(canvas, pixels, ok, _POINT)
+        pixels, ok = _dashes.grow(rng, canvas, sizes.short, sizes.dash, _dashes.POINT)
+        _dashes.draw(canvas, pixels, ok, _dashes.POINT)
     dots, distances = _dots(tips)
     images = np.stack([canvas.ink, canvas.ink], 1)
     for kind, dot in product(range(2), range(2)):
-        at = dots[:, kind, dot, None] + sizes.dot + _BORDER
+        at = dots[:, kind, dot, None] + sizes.dot + _dashes.BORDER
         images[np.arange(len(images))[:, None], kind, at[..., 0], at[..., 1]] = True
-    inner = slice(_BORDER, -_BORDER)
+    inner = slice(_dashes.BORDER, -_dashes.BORDER)
     return images[:, :, inner, inner].reshape(len(images), 2, sizes.side**2), distances
 
 
@@ -146,83 +112,6 @@ def _dots(tips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     row, of_same, of_other = np.arange(len(tips)), best // 4, best % 4
     mean = (apart[0][row, of_same] + apart[1][row, of_other]) / 2
     return np.stack([other[row, of_other], same[row, of_same]], 1), mean.round().astype(np.int64)
-
-
-def _draw(canvas: _Canvas, pixels: np.ndarray, where: np.ndarray, dot: np.ndarray) -> None:
-    """Draw paths, and keep others away from them and from the dots that their tips may get."""
-    canvas.stamp(canvas.ink, pixels, _POINT, where)
-    canvas.stamp(canvas.near, pixels, _square(_APART), where)
-    canvas.stamp(canvas.near, pixels[:, [0, -1]], _sum(dot, _square(_APART)), where)
-
-
-def _grow(rng: np.random.Generator, canvas: _Canvas, dashes: int, sizes: Drawing, dot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One path an image: pixels `[C, dashes x dash, 2]` in order, and whether it came off `[C]`."""
-    count = len(canvas.ink)
-    near, done = canvas.near.copy(), np.ones(count, bool)
-    place, heading = np.zeros((count, 2)), np.zeros(count)
-    drawn: list[np.ndarray] = []
-    for number in range(dashes):
-        tip = number in (0, dashes - 1)
-        starts, headings = _proposals(rng, place, heading, sizes.side, first=number == 0)
-        ahead = _dash(starts, headings, sizes.dash + _AHEAD)
-        pixels = ahead[:, :, : sizes.dash]
-        fits = canvas.free(pixels, near, _POINT)
-        if tip:
-            fits &= canvas.free(pixels[:, :, [0 if number == 0 else -1]], near, dot)
-        room = canvas.free(ahead[:, :, :, None], near, _POINT).cumprod(2).sum(2)
-        chosen = (fits * room).argmax(1)
-        done &= fits.any(1)
-        row = np.arange(count)
-        drawn.append(pixels[row, chosen])
-        heading = headings[row, chosen]
-        place = starts[row, chosen] + (sizes.dash - 1) * _king(heading)
-        if number:
-            canvas.stamp(near, drawn[-2], _square(_APART), done)
-            if number == 1:
-                canvas.stamp(near, drawn[0][:, :1], _sum(dot, _square(_APART)), done)
-    return np.concatenate(drawn, 1), done
-
-
-def _proposals(
-    rng: np.random.Generator, place: np.ndarray, heading: np.ndarray, side: int, *, first: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Starts `[C, T, 2]` and headings `[C, T]` of a dash: anywhere for the first, else behind a gap and turned."""
-    drawn = rng.random((3, len(place), _HEADINGS))
-    if first:
-        return np.moveaxis(drawn[:2], 0, -1) * side - 0.5, drawn[2] * 2 * np.pi
-    headings = heading[:, None] + (2 * drawn[0] - 1) * _TURN
-    return place[:, None] + (_GAP + 1) * _king(headings), headings
-
-
-def _king(heading: np.ndarray) -> np.ndarray:
-    """The step `[.., 2]` of one row or one column, whichever is more, in a direction."""
-    way = np.stack([np.sin(heading), np.cos(heading)], -1)
-    step: np.ndarray = way / np.abs(way).max(-1, keepdims=True)
-    return step
-
-
-def _dash(start: np.ndarray, heading: np.ndarray, length: int) -> np.ndarray:
-    """Pixels `[.., length, 2]` of a dash."""
-    points = start[..., None, :] + np.arange(length)[:, None] * _king(heading)[..., None, :]
-    pixels: np.ndarray = np.floor(points + 0.5).astype(np.int64)
-    return pixels
-
-
-def _square(reach: int) -> np.ndarray:
-    """Offsets `[R, 2]` of all pixels within `reach` moves of a king."""
-    return np.stack(np.meshgrid(*[np.arange(-reach, reach + 1)] * 2, indexing="ij"), -1).reshape(-1, 2)
-
-
-def _disc(radius: float) -> np.ndarray:
-    """Offsets `[P, 2]` within a radius."""
-    offsets = _square(int(radius))
-    disc: np.ndarray = offsets[(offsets**2).sum(1) <= radius**2]
-    return disc
-
-
-def _sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Offsets of one set from every offset of another."""
-    return np.unique((a[:, None] + b).reshape(-1, 2), axis=0)
 
 
 TASK = TrainedTask(
