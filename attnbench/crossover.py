@@ -8,24 +8,19 @@ from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from attnbench import frame, series, stats
+from attnbench import frame, series
+from attnbench.crossing import Point, length, point
 from attnbench.errors import UserError, unknown
-from attnbench.metrics import METRICS
-from attnbench.stats import Interval, Verdict
+from attnbench.stats import Verdict
 from attnbench.suite import CHOICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     import pandas as pd
-    from numpy.typing import NDArray
 
-    from attnbench.stats import Floor
-
-    Row = Mapping[str, Any]
-    Draws = NDArray[np.float64]
+    from attnbench.crossing import Row
+    from attnbench.stats import Floor, Interval
 
 METRIC_NAMES = ("latency", "peak_memory")
 """What may cross: metrics of which less is better."""
@@ -138,37 +133,10 @@ def _causal(rows: pd.DataFrame) -> bool:
     return bool(json.loads(rows["params"].iloc[0]).get("causal", False))
 
 
-@dataclass(frozen=True)
-class _Point:
-    """One length at which both sides were measured."""
-
-    n: int
-    value: float
-    """log of method over baseline"""
-    draws: Draws | None
-    """bootstrap draws of it; None where one side has a single sample"""
-    floor: Floor | None
-
-    @property
-    def band(self) -> float:
-        return math.log1p(self.floor.relative) if self.floor else 0.0
-
-    @property
-    def ratio(self) -> Interval:
-        if self.draws is None:
-            return Interval(0.0, math.exp(self.value), math.inf)
-        low, high = np.quantile(self.draws, [0.025, 0.975])
-        return Interval(math.exp(low), math.exp(self.value), math.exp(high))
-
-    @property
-    def verdict(self) -> Verdict:
-        return stats.verdict(self.ratio, self.floor)
-
-
 def _search(own: pd.DataFrame, base: pd.DataFrame, metric: str, again: Sequence[tuple[float, float]]) -> Crossover:
     sides = [{int(row["n"]): {str(k): v for k, v in row.items()} for row in rows.to_dict("records")} for rows in (own, base)]
     lengths = sorted({*sides[0], *sides[1]})
-    points = [p for n in lengths if (p := _point(sides[0].get(n), sides[1].get(n), metric, again, n))]
+    points = [p for n in lengths if (p := point(sides[0].get(n), sides[1].get(n), metric, again, n))]
     last = points[-1] if points else None
     answer, note = _judge(
         points, _failures(sides, lengths, last.n if last else 0, [str(own["series"].iloc[0]), str(base["series"].iloc[0])])
@@ -183,26 +151,13 @@ def _search(own: pd.DataFrame, base: pd.DataFrame, metric: str, again: Sequence[
         baseline=str(base["series"].iloc[0]),
         metric=metric,
         answer=answer,
-        length=_length(points) if answer is Answer.FROM else None,
+        length=length(points) if answer is Answer.FROM else None,
         shortest=points[0].n if points else None,
         longest=last.n if last else None,
         ratio=last.ratio if last else None,
         floor=last.floor if last else None,
         note="; ".join([*note, *_history(points, metric, lengths)]),
     )
-
-
-def _point(own: Row | None, base: Row | None, metric: str, again: Sequence[tuple[float, float]], n: int) -> _Point | None:
-    """The two sides at one length; None where either was not measured."""
-    if own is None or base is None or own["status"] != "ok" or base["status"] != "ok":
-        return None
-    if METRICS[metric].of_time is None:
-        a, b = (float(row.get(METRICS[metric].column) or math.nan) for row in (base, own))
-        value = math.log(b / a) if a > 0 and b > 0 else math.nan
-        return None if math.isnan(value) else _Point(n, value, np.full(1, value), None)  # memory repeats to the byte
-    a, b = base["samples_s"], own["samples_s"]
-    draws = stats.log_ratios(a, b, seed=n)
-    return _Point(n, math.log(stats.median(b) / stats.median(a)), draws, stats.floor(again, min(base["time_s"], own["time_s"])))
 
 
 def _failures(sides: Sequence[Mapping[int, Row]], lengths: Sequence[int], after: int, names: Sequence[str]) -> list[tuple[str, str]]:
@@ -220,7 +175,7 @@ def _failed(status: str, reason: str) -> str:
     return f"ran out of {_TOO_LARGE[status]}" if status in _TOO_LARGE else f"is {status} ({reason})" if reason else f"is {status}"
 
 
-def _judge(points: Sequence[_Point], failures: Sequence[tuple[str, str]]) -> tuple[Answer, list[str]]:
+def _judge(points: Sequence[Point], failures: Sequence[tuple[str, str]]) -> tuple[Answer, list[str]]:
     """The answer, and the failures that limit it."""
     note = [sentence for _, sentence in failures]
     if points and points[-1].verdict is Verdict.FASTER:
@@ -232,36 +187,7 @@ def _judge(points: Sequence[_Point], failures: Sequence[tuple[str, str]]) -> tup
     return (Answer.NEVER if points[-1].verdict is Verdict.SLOWER else Answer.NOT_SEPARABLE), note
 
 
-def _length(points: Sequence[_Point]) -> Interval:
-    """Where log ratio against log N last falls through zero, with its 95% interval.
-
-    The interval comes from bootstrap draws of the whole curve. Its ends are where the draws leave the A/A band: the low one is the
-    2.5th percentile of crossings of the band's upper edge, the high one the 97.5th of its lower edge.
-    """
-    x = np.log([p.n for p in points])
-    band = np.array([p.band for p in points])
-    size = max(len(p.draws) for p in points if p.draws is not None)
-    anything = np.where(np.arange(size) % 2, np.inf, -np.inf)  # a single sample may lie anywhere
-    curves = np.stack([anything if p.draws is None else np.resize(p.draws, size) for p in points], 1)
-    at = float(_crossings(x, np.array([[p.value for p in points]]))[0])
-    low = np.quantile(_crossings(x, curves - band), 0.025, method="lower")
-    high = np.quantile(_crossings(x, curves + band), 0.975, method="higher")
-    return Interval(*(math.exp(v) for v in (min(low, at), at, max(high, at))))
-
-
-def _crossings(x: Draws, curves: Draws) -> Draws:
-    """The x from which each piecewise linear curve `[R, L]` stays below zero: the first x where it always is, infinity where never."""
-    above = curves >= 0
-    last = np.where(above.any(1), len(x) - 1 - above[:, ::-1].argmax(1), -1)
-    i = last.clip(0, len(x) - 2)
-    y0, y1 = (np.take_along_axis(curves, at[:, None], 1)[:, 0] for at in (i, i + 1))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = np.where(np.isinf(y0), 1.0, np.where(np.isinf(y1), 0.0, y0 / (y0 - y1)))  # towards the side that is known
-    found = x[i] + (x[i + 1] - x[i]) * share
-    return np.asarray(np.where(last < 0, x[0], np.where(last == len(x) - 1, np.inf, found)))
-
-
-def _history(points: Sequence[_Point], metric: str, lengths: Sequence[int]) -> list[str]:
+def _history(points: Sequence[Point], metric: str, lengths: Sequence[int]) -> list[str]:
     """Wins that were lost again at a longer length, and lengths within the range at which one side is missing."""
     better, worse = _WORD[metric]
     lost = [p.n for i, p in enumerate(points) if p.verdict is Verdict.FASTER and any(q.verdict is Verdict.SLOWER for q in points[i + 1 :])]
