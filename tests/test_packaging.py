@@ -14,7 +14,7 @@ import attnbench
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"attnbench": "attnbench", "methods": "attnbench/methods", "suites": "attnbench/suites"}
-KINDS = {".py", ".toml", ".mplstyle", ".typed"}
+KINDS = {".css", ".js", ".py", ".toml", ".mplstyle", ".typed"}
 
 
 @pytest.fixture(scope="module")

@@ -48,9 +48,9 @@ class Plot:
 def script() -> str:
     """Bokeh's own JavaScript, whole. Raises `UserError` where Bokeh is not installed."""
     _bokeh()
-    from bokeh.resources import Resources
+    from bokeh.resources import INLINE
 
-    return "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
+    return "\n".join(INLINE.clone(components=["bokeh"]).js_raw)
 
 
 def plots(table: pd.DataFrame) -> list[Plot]:
