@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from cli_support import call
 
-from attnbench import runner, store
-from attnbench.record import Status
+from attnbench import ray_executor, runner, store
+from attnbench.errors import UserError
+from attnbench.record import Record, Status
 from attnbench.suite import Entry, Protocol, Suite
 
 if TYPE_CHECKING:
@@ -68,6 +71,71 @@ def test_a_run_starts_here_and_ends_on_a_cluster_that_loses_a_node(cluster: Any,
     for series in {r.case.series for r in records}:
         lengths = [r.case.n for r in records if r.case.series == series]
         assert lengths == sorted(lengths), "the lengths of a series run one after another"
+
+
+@dataclass(eq=False)
+class _Future:
+    answer: Any
+
+
+class Unlucky:
+    """Stands in for Ray: nodes of one core each whose actors tell the environment given and die, or answer, whenever they run a cell."""
+
+    class exceptions:  # noqa: N801 (as ray has it)
+        class RayError(Exception): ...
+
+        class RayActorError(RayError): ...
+
+    def __init__(self, environments: list[str], *, dies: bool) -> None:
+        self.environments, self.dies, self.killed = environments, dies, 0
+        self.util = SimpleNamespace(scheduling_strategies=SimpleNamespace(NodeAffinitySchedulingStrategy=lambda node_id, soft: node_id))
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [
+            {"NodeID": str(i), "Alive": True, "Resources": {"CPU": 1}, "NodeManagerAddress": f"node{i}"}
+            for i in range(len(self.environments))
+        ]
+
+    def remote(self, *, scheduling_strategy: str, **_: object) -> Any:
+        facts = {"env_id": self.environments[int(scheduling_strategy)], "device": "A CPU", "torch": "2"}
+        told = SimpleNamespace(remote=lambda: _Future(facts))
+        ran = SimpleNamespace(remote=lambda case: _Future(Record(case, Status.OK, "")))
+        return lambda _: SimpleNamespace(remote=lambda *_: SimpleNamespace(facts=told, run=ran))
+
+    def wait(self, futures: list[Any], **_: object) -> tuple[list[Any], list[Any]]:
+        return futures, []
+
+    def get(self, future: Any) -> Any:
+        if self.dies and isinstance(future.answer, Record):
+            raise self.exceptions.RayActorError
+        return future.answer
+
+    def kill(self, _: object) -> None:
+        self.killed += 1
+
+
+def test_a_cell_that_no_worker_survives_becomes_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_executor, "SCAN_S", -1.0)
+    place = ray_executor.RayExecutor(Unlucky(["a", "a"], dies=True), "cpu", QUICK)
+    place.start()
+    (case, *_) = trial(16).expand()
+    place.submit(case)
+    assert place.free == 1
+    assert [place.wait() for _ in range(ray_executor.LOSSES - 1)] == [[], []]
+    (record,) = place.wait()
+    assert (record.case, record.status) == (case, Status.ERROR)
+    assert "lost its worker 3 times" in record.reasons[0]
+    assert sum("runs again elsewhere" in note for note in place.notes) == 2
+
+
+def test_workers_of_another_environment_stay_idle_and_are_told() -> None:
+    ray = Unlucky(["a", "b", "a"], dies=False)
+    place = ray_executor.RayExecutor(ray, "cpu", QUICK)
+    assert place.start()["env_id"] == "a"
+    assert (place.free, ray.killed) == (2, 1)
+    assert place.notes == ["node 0 of node1 is left idle: A CPU, torch 2 is another environment than most workers have"]
+    with pytest.raises(UserError, match="no worker of the Ray cluster can run cells"):
+        ray_executor.RayExecutor(Unlucky([], dies=False), "cpu", QUICK).start()
 
 
 @pytest.mark.parametrize(
