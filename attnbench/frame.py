@@ -23,7 +23,7 @@ def load(results: Path, *, attempts: bool = False) -> tuple[pd.DataFrame, list[s
 
     Columns: `suite`, `device`, `label` (`method@implementation` as asked), `method`, `implementation` (what ran), the fields of
     the case, `params` (JSON), `budget` (tuple) and `learned` as recorded, `status`, `reason`, `started`, `samples_s` (tuple), `time_s`
-    (median), memory in `*_bytes`, `flops`, `bytes`, one column a task metric, `breakdown` as recorded where it was asked for,
+    (median), memory in `*_bytes`, `flops`, `bytes`, one column a task metric, `breakdown` and `training` as recorded where there are any,
     `energy_j` of a call above `idle_w` and power `mean_w` where they were metered, and the environment's `gpu`, `copy_bytes_per_s`,
     `matmul_flops_per_s` where measured.
     """
@@ -85,6 +85,8 @@ def _row(record: Record, suite: str, environment: dict[str, Any]) -> dict[str, A
         row["breakdown"] = record.breakdown
     if record.energy:
         row |= {"energy_j": record.energy.joules_per_call, "idle_w": record.energy.idle_w, "mean_w": record.energy.mean_w}
+    if record.training:
+        row["training"] = record.training
     if record.memory:
         row |= {k: v for k, v in vars(record.memory).items() if k.endswith("_bytes")}
     return row

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnbench import compare, frame, references, series, stats
+import pandas as pd
+
+from attnbench import compare, earned, frame, references, series, stats
 from attnbench.stats import Verdict
 from attnbench.suite import CHOICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
-
-    import pandas as pd
 
 
 NONE, TIMES, ABOUT = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{ALMOST EQUAL TO}"
@@ -84,6 +84,7 @@ def report(table: pd.DataFrame, lengths: Sequence[int] | None = None) -> list[Ta
             found += [_speed(group, mode, accuracy, lengths) for mode in modes]
         found += [_fidelity(group, lengths) for group in series.groups(accuracy)]
         found += [_health(group, lengths) for group in series.groups(part[part["task"] == "health"])]
+        found += [_earned(group, part, lengths) for group in series.groups(part[part["task"] == earned.TASK])]
     return [t for t in found if len(t.header) > 2]
 
 
@@ -240,6 +241,20 @@ def _distance(cell: pd.DataFrame) -> str:
     text = f"{stats.median(cell['rel_error'].tolist()):.2g}"
     mass = cell["mass_recalled"].dropna().tolist() if "mass_recalled" in cell else []
     return f"{text} [{stats.median(mass):.0%}]" if mass else text
+
+
+def _earned(group: series.Group, device: pd.DataFrame, lengths: Sequence[int] | None) -> Table:
+    """Trained accuracy beside what the methods cost, from all rows of the device."""
+    rows = group.rows[group.rows["n"].isin(_wanted(group.rows, lengths))]
+    header, lines = earned.lines(pd.concat([rows, device[device["task"] != earned.TASK]]))
+    seeds, steps = sorted(rows["seed"].unique().tolist()), sorted({int(x) for x in rows["steps"]})
+    caption = (
+        f"{series.describe(rows)}. {series.settings(rows)}Test accuracy of small transformers, mean and standard deviation over seeds "
+        f"{', '.join(map(str, seeds))}, at most {'/'.join(map(str, steps))} steps, the best of the same learning rates; "
+        "then time of a forward call, peak memory beside the inputs and relative error against softmax attention, where they were measured "
+        "with these parameters at this length."
+    )
+    return Table(f"{group.suite}-{group.place}-accuracy", caption, header, tuple(lines))
 
 
 _HEALTH = {

@@ -1,0 +1,92 @@
+"""Trained accuracy as a table and as figures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pandas as pd
+import pytest
+
+import attnbench
+from attnbench import earned, frame, tables
+from attnbench.figures import accuracy, curves
+from attnbench.record import Memory, Record, Status, Timing, Training, Trial
+from attnbench.suite import Case
+
+
+def case(method: str, params: dict[str, object] | None = None, **changes: Any) -> Case:
+    values = tuple(sorted(attnbench.get(method).parse(params or {}).as_dict().items()))
+    own = {"data": "mqar", "n": 64, "steps": 10, "depth": 1, "rates": "0.001", "batch": 8}
+    return Case(task="accuracy", method=method, params=values, **{**own, **changes})
+
+
+def reached(made: Case, value: float) -> Record:
+    trials = tuple(Trial(r, 10, ((10, 1.0),), ((5, value / 2), (10, v)), False, 1e3) for r, v in ((1e-4, 0.0), (1e-3, value)))
+    training = Training(trials, 1e-3, 100, 0, 16, {"4": value}, "pairs", 0.25)
+    return Record(made, Status.OK, "e", "eager", training=training, metrics={"accuracy": value})
+
+
+def table(*records: Record) -> pd.DataFrame:
+    return pd.DataFrame([frame._row(r, "accuracy", {"device": "a device"}) for r in records])
+
+
+ROUTE, FULL = {"shared": False, "landmarks": 8, "topk": 16}, {"landmarks": 4, "topk": 8}
+RECORDS = [
+    *(reached(case("softmax", seed=s), v) for s, v in enumerate((0.9, 0.8, 1.0))),
+    *(reached(case("softmax", {"causal": True}, seed=s), 0.5) for s in range(3)),
+    *(reached(case("mita", FULL, seed=s), 0.7) for s in range(3)),
+    *(reached(case("mita", ROUTE, seed=s), 0.6) for s in range(2)),
+    Record(case("mita", ROUTE, seed=2), Status.DIVERGED, "e", reasons=("loss",)),
+    Record(case("mita", {**FULL, "causal": True}), Status.UNSUPPORTED, "e", reasons=("no causal form",)),
+    reached(case("mita", {**FULL, "landmarks": 9, "grid": "8x8"}, data="pathfinder"), 0.55),
+    reached(case("mita", {**ROUTE, "grid": "8x8"}, data="pathfinder"), 0.45),
+]
+
+
+def test_the_table_joins_accuracy_over_seeds_with_what_was_measured_at_the_same_length_and_parameters() -> None:
+    def timed(made: Case, time: float) -> Record:
+        plain = replace(made, task="speed", data="", steps=0, depth=0, rates="", batch=1)
+        memory = Memory(2**21, 0, 0, 0, 0, "test")
+        return Record(plain, Status.OK, "e", "eager", timing=Timing((time,), 0.1, "cpu"), memory=memory)
+
+    others = [timed(case("mita", FULL), 2e-3), timed(case("mita", {**FULL, "topk": 9}), 5e-3), timed(case("softmax", n=128), 7e-3)]
+    header, lines = earned.lines(table(*RECORDS, *others))
+    assert header == ("method", "family", "N", "mqar", "mqar, causal", "pathfinder", "ms", "MiB", "error")
+    by_name = {line[0]: line[3:] for line in lines}
+    none = earned.NONE
+    assert by_name["Softmax"] == ("0.900 ± 0.100", "0.500 ± 0.000", none, none, none, none)
+    assert by_name["MiTA, shared=True"] == ("0.700 ± 0.000", "unsupported", "0.550", "2", "2", none)
+    assert by_name["MiTA, shared=False"] == ("diverged", none, "0.450", none, none, none)
+    assert len(lines) == 3
+
+
+def test_the_report_names_seeds_and_steps() -> None:
+    (found,) = [t for t in tables.report(table(*RECORDS)) if t.name.endswith("accuracy")]
+    assert "over seeds 0, 1, 2, at most 10 steps" in found.caption
+    assert "diverged" in found.markdown()
+
+
+def test_the_figure_draws_means_ranges_and_what_failed() -> None:
+    drawn = accuracy.data(table(*RECORDS)).set_index(["panel", "method"])
+    dense = drawn.loc[("mqar", "softmax")]
+    assert (dense["value"], dense["low"], dense["high"], dense["seeds"], dense["chance"]) == (pytest.approx(0.9), 0.8, 1.0, 3, 0.25)
+    assert set(drawn.loc[("mqar", "mita"), "status"]) == {"ok", "diverged"}
+    assert drawn.loc[("mqar", "mita")].query("status == 'diverged'")["value"].isna().all(), "never a mean of the survivors"
+    figure = accuracy.build(table(*RECORDS))
+    assert [a.get_title() for a in figure.axes if a.get_visible()] == ["mqar", "mqar, causal", "pathfinder"]
+    assert "mqar: diverged MiTA" in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_learning_curves_are_those_of_the_rate_chosen() -> None:
+    drawn = curves.data(table(*RECORDS))
+    one = drawn[(drawn["panel"] == "mqar, N=64") & (drawn["method"] == "softmax") & (drawn["seed"] == 1)]
+    assert list(zip(one["step"], one["value"], strict=True)) == [(5, 0.4), (10, 0.8)]
+    assert curves.build(table(*RECORDS)) is not None
+
+
+@pytest.mark.parametrize("module", [accuracy, curves])
+def test_where_nothing_was_trained_nothing_is_drawn(module: Any) -> None:
+    failed = Record(case("softmax"), Status.DIVERGED, "e", reasons=("loss",))
+    assert module.build(table(failed)) is None
+    assert module.build(pd.DataFrame()) is None
