@@ -67,11 +67,12 @@ def plots(table: pd.DataFrame) -> list[Plot]:
             data = modules[name].data(group.rows)
             if data.empty:
                 continue
-            section = f"{group.suite}: {series.describe(group.rows[group.rows['suite'] == group.suite])}"
-            methods[section] = max(methods.get(section, 0), group.rows["method"].nunique())
+            own = group.rows[group.rows["suite"] == group.suite]
+            section = f"{group.suite}: {series.describe(own)}"
+            methods[section] = max(methods.get(section, 0), own["method"].nunique())
             facets = getattr(modules[name].data, "__self__", None)
             found += [Plot(section, title, _item(plot)) for title, plot in _drawn(name, data, facets)]
-    return sorted(found, key=lambda plot: -methods[plot.section])
+    return sorted(found, key=lambda plot: -methods[plot.section])  # stable: figures keep their order
 
 
 def _rank(name: str) -> tuple[int, str]:
