@@ -20,6 +20,7 @@ NONE = "\N{EN DASH}"
 """A cell for which there is no record."""
 _TOLD = ("causal", "grid")
 """parameters that follow from the task asked"""
+_SETTINGS = ("steps", "depth", "rates", "positions", "batch")
 _COSTS = {"time_s": (1e3, "ms"), "peak_bytes": (2**-20, "MiB"), "rel_error": (1.0, "error")}
 """column of a measured row -> factor and unit in which it is shown"""
 
@@ -54,8 +55,17 @@ def asked(table: pd.DataFrame) -> pd.DataFrame:
         data + (", causal" if p.get("causal") else "") + (f", trained with {other}" if other else "")
         for data, p, other in zip(rows["data"], params, swapped, strict=True)
     ]
-    rows = rows.assign(panel=panels, own=[_own(p) for p in params])
+    rows = _parted(rows.assign(panel=panels, own=[_own(p) for p in params]))
     return rows.assign(series=series.labels(rows.assign(params=_telling(rows))))
+
+
+def _parted(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, panels split by settings of training that differ within them: nothing is averaged over these."""
+    for column in (c for c in _SETTINGS if c in rows):
+        values = rows[column].fillna("default").astype(str)
+        several = values.groupby(rows["panel"]).transform("nunique") > 1
+        rows = rows.assign(panel=rows["panel"].where(~several, rows["panel"] + f", {column}=" + values))
+    return rows
 
 
 def _telling(rows: pd.DataFrame) -> pd.Series[str]:

@@ -90,3 +90,11 @@ def test_where_nothing_was_trained_nothing_is_drawn(module: Any) -> None:
     failed = Record(case("softmax"), Status.DIVERGED, "e", reasons=("loss",))
     assert module.build(table(failed)) is None
     assert module.build(pd.DataFrame()) is None
+
+
+def test_models_that_were_trained_otherwise_are_never_averaged() -> None:
+    rows = earned.asked(
+        table(reached(case("softmax"), 0.9), reached(case("softmax", steps=20), 0.5), reached(case("softmax", depth=2), 0.1))
+    )
+    assert set(rows["panel"]) == {"mqar, steps=10, depth=1", "mqar, steps=20", "mqar, steps=10, depth=2"}
+    assert all(len(cell.values) == 1 for cell in earned.cells(rows).values())
