@@ -115,24 +115,25 @@ def _figures(plots: Sequence[Plot]) -> Iterable[str]:
 
 
 def _table(rows: Sequence[joined.Row]) -> Iterable[str]:
+    columns = [c for c in joined.COLUMNS if not c.numeric or any(c.key(row) for row in rows)]
     heads = "".join(
         f'<th scope="col"{" class=number" if c.numeric else ""}><button type="button" title="{escape(c.help or c.title)}">'
         f"{escape(c.title)}</button></th>"
-        for c in joined.COLUMNS
+        for c in columns
     )
     yield '<section id="cells"><h2>Cells</h2><p class="hint">A heading sorts by its column.</p><div class="wide"><table>'
     yield f'<thead><tr>{heads}<th scope="col">again</th></tr></thead><tbody>'
     for row in rows:
-        yield _line(row)
+        yield _line(row, columns)
     yield "</tbody></table></div></section>"
 
 
-def _line(row: joined.Row) -> str:
+def _line(row: joined.Row, columns: Sequence[joined.Column]) -> str:
     marks = {name: row[name] for name in ("method", "suite", "mode", "status", "series")}
     data = "".join(f' data-{name}="{escape(str(value))}"' for name, value in marks.items())
     cells = "".join(
         f'<td class="number" data-v="{c.key(row)}">{escape(c.text(row))}</td>' if c.numeric else f"<td>{escape(c.text(row))}</td>"
-        for c in joined.COLUMNS
+        for c in columns
     )
     why = f"<p>{escape(row['reason'])}</p>" if row["reason"] else ""
     facts = f"{row['started']}, commit {row['commit'] or 'unknown'}, environment {row['env_id']}"

@@ -80,6 +80,8 @@ COLUMNS = (
         "cells of the same method and parameters on this device at the nearest length",
     ),
     Column("error at N", lambda r: r["error_n"], help="length at which that error was measured"),
+    Column("accuracy", _per("accuracy", 1), help="on the test split, of a model trained with this method"),
+    Column("energy (uJ/token)", _per("joules_per_token", 1e-6), help="above idle"),
 )
 """The table, from left to right."""
 
