@@ -329,7 +329,7 @@ def test_completion_knows_methods_and_suites() -> None:
 
     assert complete_method("mo") == ["moba"]
     assert complete_method("m") == ["mhla", "mita", "moba"]
-    assert complete_suite("s") == ["speed"]
+    assert complete_suite("s") == ["speed", "swap_in"]
 
 
 def test_tables_escape_what_their_format_reserves() -> None:
