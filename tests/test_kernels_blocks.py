@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from triton_support import DEVICE, interpreter  # noqa: F401 (a fixture of every test here)
+from triton_support import DEVICE, interpreter, replayed  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import attnbench
@@ -422,22 +422,7 @@ def test_a_cuda_graph_replays_without_synchronising(name, n):
         out = method(*qkv)
         return out, *torch.autograd.grad(out, qkv, grad)
 
-    want = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    graph.replay()
-    torch.cuda.synchronize()
+    want, got = replayed(step)
     for a, b in zip(got, want, strict=True):
         if name == "nsa":  # the backward pass of flash attention over windows adds up in no fixed order
             torch.testing.assert_close(a, b)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_support import DEVICE, interpreter  # noqa: F401 (a fixture of every test here)
+from triton_support import DEVICE, interpreter, replayed  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from attnbench.kernels.mita import _forward as launches
@@ -222,22 +222,7 @@ def test_a_cuda_graph_replays_without_synchronising(n):
         out = mita_attention(q, k, v, 64, 64)
         return out, *torch.autograd.grad(out, (q, k, v), grad)
 
-    want = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    graph.replay()
-    torch.cuda.synchronize()
+    want, got = replayed(step)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from triton_support import DEVICE, interpreter  # noqa: F401 (a fixture of every test here)
+from triton_support import DEVICE, interpreter, replayed  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("triton", reason="Triton is not installed")
 import attnbench
@@ -279,22 +279,7 @@ def test_a_cuda_graph_replays_without_synchronising(label):
         out = method.run(implementation, *qkv, params, weights=own or None)
         return out, *torch.autograd.grad(out, qkv, grad)
 
-    want = step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    graph.replay()
-    torch.cuda.synchronize()
+    want, got = replayed(step)
     torch.testing.assert_close(got[:2], want[:2], rtol=0, atol=0)  # the gradients of k and v are summed in no fixed order
     for a, b in zip(got[2:], want[2:], strict=True):
         assert float((a - b).float().norm()) < 1e-2 * float(b.float().norm())

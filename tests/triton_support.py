@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 """On the CPU kernels run in the interpreter; conftest.py asks for it before anything imports Triton."""
@@ -33,3 +37,24 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "_patch_lang_tensor", patched)
     monkeypatch.setattr(module.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
+
+
+def replayed(step: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What a step on the GPU gives when called, and when replayed from a CUDA graph; fails where it synchronises with the host."""
+    want = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    return want, got
