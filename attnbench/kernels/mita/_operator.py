@@ -1,7 +1,7 @@
 """The operator as torch sees it: two operators, shapes for tracing, and the gradient that links them.
 
 Defined through torch.library's schema functions, not its `custom_op`, which compares the storages of all arguments and results at every
-call: about a millisecond.
+call.
 """
 
 from __future__ import annotations
