@@ -43,6 +43,7 @@ class Anatomist:
 
     device: str
     protocol: Protocol
+    drawn: inputs.Drawn
 
     def __call__(self, record: Record) -> Reply:
         """The `Breakdown` of a measured cell, or why there is none, as text."""
@@ -61,7 +62,7 @@ class Anatomist:
         assert record.timing is not None, "the cell was measured"
         case, (method, params) = record.case, record.case.resolve()
         implementation, dtype, backward = method.implementation(record.implementation), getattr(torch, case.dtype), case.mode != "forward"
-        tensors = inputs.draw(case.profile, case.shape, case.seed, dtype, self.device)
+        tensors, _ = self.drawn(case.profile, case.shape, case.seed, dtype, self.device)
         weights = method.initial(case.shape, params, tensors[0], case.seed)
         bound = Bound.of(method, implementation, params, tensors, weights, backward=backward)
         for _ in range(2):
@@ -82,7 +83,7 @@ class Anatomist:
 def setup(device: str, protocol: Protocol, plugins: tuple[Path, ...]) -> Anatomist:
     """Make a worker ready as one that measures is."""
     cell.setup(device, protocol, plugins)
-    return Anatomist(device, protocol)
+    return Anatomist(device, protocol, inputs.Drawn.beside(device))
 
 
 def measure(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -139,6 +141,36 @@ def draw(profile: str, shape: Shape, seed: int, dtype: torch.dtype, device: str)
     tensors = _read(path, shape) if generator is None else generator(shape, torch.Generator().manual_seed(seed))
     q, k, v = (x.to(device=device, dtype=dtype).contiguous() for x in tensors)
     return q, k, v
+
+
+@dataclass
+class Drawn:
+    """Inputs already drawn, with their hashes, on the host: drawing and hashing long ones takes seconds, copying them does not.
+
+    The least recently used are dropped where all would take more than `limit` bytes; those of files are always read anew.
+    """
+
+    limit: int
+    _kept: OrderedDict[tuple[object, ...], tuple[Inputs, str]] = field(default_factory=OrderedDict, repr=False)
+
+    @classmethod
+    def beside(cls, device: str) -> Drawn:
+        """8 GiB of them beside a GPU, which holds the lengths of a long suite; none on a CPU."""
+        return cls(0 if device == "cpu" else 8 << 30)
+
+    def __call__(self, profile: str, shape: Shape, seed: int, dtype: torch.dtype, device: str) -> tuple[Inputs, str]:
+        """As `draw`, and the hash of the bytes."""
+        key = (profile, shape, seed, dtype)
+        if key not in self._kept:
+            tensors = draw(profile, shape, seed, dtype, "cpu")
+            self._kept[key] = tensors, digest(tensors)
+        self._kept.move_to_end(key)
+        (q, k, v), hashed = self._kept[key]
+        if profile.startswith("file:"):
+            del self._kept[key]
+        while self._kept and sum(x.nbytes for tensors, _ in self._kept.values() for x in tensors) > self.limit:
+            self._kept.popitem(last=False)
+        return (q.to(device), k.to(device), v.to(device)), hashed
 
 
 def _read(path: str, shape: Shape) -> Inputs:

@@ -151,7 +151,7 @@ def test_a_measurement_outlives_the_process_that_takes_it_apart(tmp_path: Path, 
 
 def test_what_an_implementation_raises_is_the_reason(tmp_path: Path) -> None:
     (first, _) = sweep(tmp_path, wanted=False).records
-    anatomist = breakdown.Anatomist("cpu", Protocol())
+    anatomist = breakdown.setup("cpu", Protocol(), ())
     assert isinstance(anatomist(first).value, Breakdown)
     reply = anatomist(replace(first, implementation="spda"))
     assert reply.value == "UserError: unknown implementation 'spda' in agent: did you mean sdpa?"

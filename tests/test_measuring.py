@@ -101,6 +101,26 @@ def test_profiles_are_seeded_finite_and_hashed(profile: str) -> None:
     assert inputs.digest(a) == inputs.digest(b) != inputs.digest(c)
 
 
+def test_inputs_are_drawn_once_and_the_oldest_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, draw = [], inputs.draw
+    monkeypatch.setattr(inputs, "draw", lambda *a: calls.append(a) or draw(*a))
+    one = 3 * 2 * 16 * 4 * 4
+    drawn = inputs.Drawn(limit=2 * one)
+    shape = Shape(1, 2, 16, 4)
+    first, digest = drawn("randn", shape, 0, torch.float32, "cpu")
+    again, same = drawn("randn", Shape(1, 2, 16, 4), 0, torch.float32, "cpu")
+    assert len(calls) == 1
+    assert digest == same == inputs.digest(draw("randn", shape, 0, torch.float32, "cpu"))
+    assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+    for seed in (1, 2, 0):  # two fit: seed 0 is the oldest when seed 2 comes
+        drawn("randn", shape, seed, torch.float32, "cpu")
+    assert len(calls) == 4
+    none = inputs.Drawn(limit=0)
+    none("randn", shape, 0, torch.float32, "cpu")
+    none("randn", shape, 0, torch.float32, "cpu")
+    assert len(calls) == 6
+
+
 def test_profiles_have_the_structure_that_they_promise() -> None:
     shape = Shape(1, 2, 256, 32)
 
