@@ -171,7 +171,7 @@ class Entry:
     name: str
     params: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     pinned: frozenset[str] = frozenset()
-    """parameters that a budget may not change"""
+    """parameters that a budget may not change: those of the command line, and in a suite with budgets those that sweep"""
 
     @property
     def names(self) -> tuple[str, str]:
@@ -256,7 +256,7 @@ class Suite:
                 units = units if method.budget else 0
                 told = {CAUSAL: axes.pop(CAUSAL)} if CAUSAL in axes else {}
                 case = Case(task=self.task, method=method.name, implementation=method.pinned, **axes)
-                yield self._settled(case, {**told, **laid(method, case), **given}, units, entry.pinned), units
+                yield self._settled(case, {**told, **laid(method, case), **given}, units, entry.pinned)
 
     def _grid(self) -> Iterator[dict[str, Any]]:
         """Every combination of axis values."""
@@ -265,18 +265,21 @@ class Suite:
             for values in itertools.product(*axes.values()):
                 yield dict(zip(axes, values, strict=True))
 
-    def _settled(self, case: Case, given: Mapping[str, Any], units: int, pinned: frozenset[str]) -> Case:
-        """The case with its parameters: those given, then those of a budget of `units`. Raises `UserError`."""
+    def _settled(self, case: Case, given: Mapping[str, Any], units: int, pinned: frozenset[str]) -> tuple[Case, int]:
+        """The case with its parameters: those given, then those of a budget of `units`; and the budget, 0 where it set none of them.
+
+        Raises `UserError`.
+        """
         method = get(case.label)
-        params = method.parse(given)
+        params, used = method.parse(given), 0
         if units and method.budget:
             if units > case.shape.keys:
                 raise UserError(f"suite {self.name}: budget = {units} exceeds N = {case.n}: lower the budget, or raise N")
             chosen = {k: v for k, v in method.budget(case.shape, params, units).items() if k not in pinned}
-            params = method.parse({**given, **chosen})
+            params, used = method.parse({**given, **chosen}), units if chosen else 0
         if problems := params.problems(case.shape):
             raise UserError(f"suite {self.name}: {case.label} at N = {case.n}: {'; '.join(problems)}")
-        return replace(case, params=tuple(sorted(params.as_dict().items())))
+        return replace(case, params=tuple(sorted(params.as_dict().items()))), used
 
     def _replicates(self, case: Case) -> Iterator[Case]:
         first = get(self.methods[0].name)
@@ -415,10 +418,12 @@ def _suite(name: str, data: Mapping[str, Any], path: str) -> Suite:
     measure = data.get("measure", {})
     _known(measure, [f.name for f in fields(Protocol)], f"{path} [measure]")
     entries = []
+    budgets = any(BUDGET in part for part in (axes, *points))
     for table in data["method"]:
         if "name" not in table:
             raise UserError(f"{path}: a [[method]] lacks its name")
-        entries.append(Entry(table["name"], {k: _listed(v) for k, v in table.items() if k != "name"}))
+        swept = frozenset(k for k, v in table.items() if isinstance(v, list)) if budgets else frozenset()
+        entries.append(Entry(table["name"], {k: _listed(v) for k, v in table.items() if k != "name"}, swept))
     words = data.get("title", name), data.get("question", "")
     return Suite(name, *words, data["task"], tuple(entries), axes, Protocol(**measure), points=points)
 
