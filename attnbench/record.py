@@ -158,6 +158,10 @@ class Training:
     """layer -> share of tokens that no expert keeps, on test examples; empty for a method whose experts hold no tokens"""
     busiest: tuple[float, ...] = ()
     """layer -> queries of the busiest routed expert over those of a mean one; empty where nothing is routed"""
+    loads: tuple[tuple[float, ...], ...] = ()
+    """layer -> the same for experts at even places from the busiest to the idlest"""
+    kept: tuple[str, ...] = ()
+    """layer -> on images, in how many heads some expert keeps each token of the first test examples, as `tasks.routing` packs it"""
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -165,8 +169,9 @@ class Training:
         """Read the JSON form."""
         curves = ("losses", "validation")
         trials = tuple(Trial(**{**t, **{c: tuple((int(a), float(b)) for a, b in t[c]) for c in curves}}) for t in data["trials"])
-        lists = {key: tuple(data.get(key, ())) for key in ("notes", "pruned", "busiest")}
-        return cls(**{**data, "trials": trials, **lists})
+        lists = {key: tuple(data.get(key, ())) for key in ("notes", "pruned", "busiest", "kept")}
+        loads = tuple(tuple(layer) for layer in data.get("loads", ()))
+        return cls(**{**data, "trials": trials, **lists, "loads": loads})
 
 
 @dataclass(frozen=True)

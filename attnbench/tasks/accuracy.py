@@ -146,12 +146,8 @@ def _judged(model: TinyTransformer, case: Case, task: TrainedTask, device: str, 
     score = trainer.evaluate("test")
     with torch.autocast(device, torch.bfloat16, enabled=settings.autocast):
         layers = routing.layers(model, prepared(task, "test", 0, settings).to(device))
-    return score, replace(
-        training,
-        groups=score.groups,
-        pruned=tuple(x for layer in layers if (x := layer.pruned) is not None),
-        busiest=tuple(x for layer in layers if (x := layer.busiest) is not None),
-    )
+    seen = routing.summary(layers, case.n, pictures=task.grid(case.n) is not None)
+    return score, replace(training, groups=score.groups, **seen)
 
 
 def _training(case: Case, task: TrainedTask, model: TinyTransformer, outcome: _Outcome) -> Training:

@@ -6,14 +6,19 @@ this emerge on images, https://arxiv.org/abs/2602.01219.
 
 from __future__ import annotations
 
+import base64
+import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from attnbench.fastweights import kept, load
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor
 
     from attnbench.batches import Prepared
@@ -21,6 +26,10 @@ if TYPE_CHECKING:
 
 _EXAMPLES = 8
 """examples looked at: fast weights of a long sequence are large"""
+PICTURED = 2
+"""examples whose map of kept tokens is recorded"""
+LEVELS = 11
+"""points at which the load of experts is recorded, from the busiest to the idlest"""
 
 
 @dataclass(frozen=True)
@@ -42,8 +51,45 @@ class Layer:
         """Queries of the busiest expert over those of a mean one, averaged over examples and heads."""
         if self.load is None:
             return None
+        return self.loads[0]
+
+    @property
+    def loads(self) -> tuple[float, ...]:
+        """Queries of an expert over those of a mean one, at `LEVELS` even places from the busiest expert to the idlest.
+
+        Averaged over examples and heads; places between two experts are interpolated. Empty where nothing is routed.
+        """
+        if self.load is None:
+            return ()
         counts = self.load.double()
-        return float((counts.amax(-1) / counts.mean(-1).clamp(min=1e-9)).mean())
+        ranked = (counts / counts.mean(-1, keepdim=True).clamp(min=1e-9)).sort(-1, descending=True).values.mean((0, 1))
+        places = np.linspace(0, len(ranked) - 1, LEVELS)
+        return tuple(np.interp(places, np.arange(len(ranked)), ranked.cpu().numpy()).tolist())
+
+
+def summary(layers: Sequence[Layer], tokens: int, *, pictures: bool) -> dict[str, tuple[Any, ...]]:
+    """What a record keeps of the routing of a model, by field of `attnbench.record.Training`: `pruned`, `busiest`, `loads`, `kept`.
+
+    Maps of the last `tokens` tokens of the first examples are kept with `pictures` alone.
+    """
+    held = [layer for layer in layers if layer.kept is not None]
+    return {
+        "pruned": tuple(layer.pruned for layer in held),
+        "busiest": tuple(x for layer in layers if (x := layer.busiest) is not None),
+        "loads": tuple(x for layer in layers if (x := layer.loads)),
+        "kept": tuple(_packed(layer.kept, tokens) for layer in held if layer.kept is not None) if pictures else (),
+    }
+
+
+def _packed(kept: Tensor, tokens: int) -> str:
+    """`[B, H, N]` -> heads that keep each token of the first examples, a byte each, deflated, as text."""
+    heads = kept[:PICTURED, :, kept.shape[2] - tokens :].sum(1).to(torch.uint8).cpu().numpy()
+    return base64.b64encode(zlib.compress(heads.tobytes(), 9)).decode()
+
+
+def unpacked(text: str, tokens: int) -> np.ndarray:
+    """`[PICTURED, N]` (fewer rows where there were fewer examples): heads that keep each token."""
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8).reshape(-1, tokens)
 
 
 def layers(model: TinyTransformer, batch: Prepared) -> list[Layer]:
