@@ -28,6 +28,10 @@ _BY_ROW = ("out", "dq", "dk", "dv")
 _BACKWARD_FACTOR = 3.0
 _FIT_ELEMENTS = 1 << 26
 """scores of a whole definition that still fit, where it cannot be sampled"""
+_SCORES = 1 << 27
+"""scores of all sampled queries and heads, at most: those of 256 queries in two heads with 262144 keys, 1 GiB in float64"""
+_LEAST_ROWS = 16
+"""queries a head that are compared however many keys there are"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ def gate(
     """Hold an implementation against the definition on these inputs and learned parameters.
 
     Compared are the output at sampled queries of up to two heads (of all, where heads share learned parameters) and, with `backward`,
-    the gradients of the three inputs and of the learned parameters under an output gradient that lives on those queries. `repeat` runs
-    a second time, to see whether the bits are the same.
+    the gradients of the three inputs and of the learned parameters under an output gradient that lives on those queries: `rows` of them,
+    fewer where all heads of a long sequence are compared. `repeat` runs a second time, to see whether the bits are the same.
     """
     inputs = _shortened(method, inputs)
     q, k, v = inputs
@@ -119,6 +123,7 @@ def _sample(method: Method, q: Tensor, k: Tensor, rows: int) -> Sample:
     whole = method.couples_heads or method.weights is not None
     picked = torch.arange(heads, device=q.device) if whole else torch.tensor(sorted({0, heads - 1}), device=q.device)
     read = (picked * k.shape[1] // heads).unique()
+    rows = min(rows, max(_LEAST_ROWS, _SCORES // (len(picked) * k.shape[2])))
     if n <= rows or not method.takes_rows:
         return Sample(batch - 1, picked, read, None)
     inner = 1 + torch.randperm(n - 2, generator=torch.Generator().manual_seed(n))[: rows - 2].sort().values

@@ -36,14 +36,15 @@ def compressed(k: Tensor, v: Tensor, params: NsaParams, weights: Mapping[str, Te
 
 def _means(x: Tensor, params: NsaParams) -> Tensor:
     """Sums of strides, then of as many strides as a block has."""
-    lengths = torch.tensor(members(x.shape[2], params), device="cpu")
     dtype, covers = torch.promote_types(x.dtype, torch.float32), params.compress // params.stride
-    steps = len(lengths) + covers - 1
+    first = torch.arange(len(members(x.shape[2], params)), device=x.device) * params.stride
+    steps = len(first) + covers - 1
     padded = pad(x, (0, 0, 0, max(0, steps * params.stride - x.shape[2])))[:, :, : steps * params.stride]
     strides = padded.unflatten(2, (steps, params.stride)).sum(3, dtype=dtype)
-    total = sum(strides[:, :, n : n + len(lengths)] for n in range(covers))
+    total = sum(strides[:, :, n : n + len(first)] for n in range(covers))
     assert isinstance(total, Tensor)
-    return (total / lengths.to(x.device)[:, None]).to(x.dtype)
+    lengths = (x.shape[2] - first).clamp(max=params.compress)  # made on the device: a copy from the host would end the capture of a graph
+    return (total / lengths[:, None]).to(x.dtype)
 
 
 def _mlp(x: Tensor, name: str, params: NsaParams, weights: Mapping[str, Tensor]) -> Tensor:

@@ -188,6 +188,24 @@ def test_the_gate_holds_sampled_gradients_exactly() -> None:
     assert replace(good, operator="") == good
 
 
+@pytest.mark.parametrize(
+    ("name", "n", "heads", "rows"),
+    [
+        ("softmax", 1 << 18, 2, 256),
+        ("softmax", 1 << 20, 2, 64),
+        ("vit3", 1 << 15, 16, 256),
+        ("vit3", 1 << 18, 16, 32),
+        ("vit3", 1 << 20, 16, 16),
+    ],
+)
+def test_the_gate_compares_fewer_queries_where_all_of_them_would_not_fit(name: str, n: int, heads: int, rows: int) -> None:
+    x = torch.empty(1, 1, 1, 1).expand(1, 16, n, 64)  # no memory behind it
+    sample = check._sample(attnbench.get(name), x, x, 256)
+    assert sample.rows is not None
+    assert (len(sample.heads), len(sample.rows)) == (heads, rows)
+    assert {int(sample.rows[0]), int(sample.rows[-1])} == {0, n - 1}
+
+
 def right(q, k, v, params):
     return attnbench.get("softmax").reference(q, k, v, params)
 
