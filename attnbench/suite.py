@@ -30,6 +30,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "l2": ("cold", "warm"),
     "task": ("speed", "fidelity", "health", "accuracy"),
     "positions": ("rotary", "learned", "none"),
+    "model": ("small", "vit", "timm"),
+    "recipe": ("small", "deit"),
 }
 """Values of the axes that are words."""
 
@@ -83,6 +85,10 @@ class Case:
     trained_with: str = ""
     """`METHOD` or `METHOD:PARAM=VALUE:...` that the model was trained with, before this case's method took its place; empty for the
     case's own"""
+    model: str = "small"
+    """`small` averages its tokens; `vit` is a vision transformer with a class token, as DeiT; `timm` is timm's of the same sizes"""
+    recipe: str = "small"
+    """settings of training that are the same for every method: `small`, or `deit` for images"""
 
     @cached_property
     def case_id(self) -> str:
@@ -291,7 +297,7 @@ def laid(method: Method, case: Case) -> dict[str, str]:
     """The grid of a trained task's tokens, for a method that asks for it. Raises `UserError` where N is no such grid."""
     if case.task != TRAINED:
         return {}
-    sides = trained.get(case.data).grid(case.n)
+    sides = trained.get(case.data.partition(":")[0]).grid(case.n)
     return {"grid": f"{sides[0]}x{sides[1]}"} if sides and any(f.name == "grid" for f in fields(method.params)) else {}
 
 
@@ -356,9 +362,7 @@ def _rates(text: str) -> str:
 
 
 def _data(text: str) -> str:
-    name = text.partition(":")[0]
-    if name not in trained.NAMES:
-        raise unknown("trained task", name, trained.NAMES)
+    trained.get(text)  # which looks into the folder, once
     return text
 
 

@@ -28,11 +28,12 @@ class Batch:
     inputs: Tensor
     """`[B, N]` long, token ids; or `[B, N, F]` float, F numbers a token"""
     targets: Tensor
-    """`[B]` long, a class an example; or `[B, N]` long, a class a token, read where `mask` is set"""
+    """`[B]` long, a class an example; `[B, classes]` float, shares of them, where training mixes examples; or `[B, N]` long, a class a
+    token, read where `mask` is set"""
     mask: Tensor
     """`[B, N]` bool: where targets are `[B, N]`, the positions that count; else the tokens that are no padding"""
     groups: Tensor
-    """`[B]` or `[B, N]` long, of the shape of `targets`: the slice that an example or a token belongs to, such as a number of pairs"""
+    """`[B]` or `[B, N]` long, for each class asked for: the slice that an example or a token belongs to, such as a number of pairs"""
 
     @property
     def digest(self) -> str:
@@ -85,6 +86,14 @@ class TrainedTask:
 
     held_out: int = 0
     """examples of the validation split and of the test split, the smaller number, for a finite data set; 0 where they are drawn"""
+    tested: int = 0
+    """examples of the test split, where it is larger than `held_out`"""
+    notes: Callable[[], list[str]] = list
+    """what the data set has to say once it was read, such as files that are damaged"""
+
+    def available(self, split: Split) -> int:
+        """Examples of a held-out split that there are; 0 where they are drawn without end."""
+        return max(self.tested, self.held_out) if split == "test" else self.held_out
 
     def forms(self) -> tuple[bool, ...]:
         """Values of `causal` that it can be asked with."""
