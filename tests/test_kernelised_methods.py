@@ -395,12 +395,11 @@ def test_what_flash_linear_attention_is_asked_for_is_the_definition(monkeypatch:
 
 
 @pytest.mark.parametrize("name", ["linear", *NAMES])
-def test_triton_is_asked_for_by_name_until_it_is_the_best(name: str) -> None:
-    """The first that is supported is chosen; prefix sums have one implementation."""
+def test_prefix_sums_have_one_implementation(name: str) -> None:
     method, shape = attnbench.get(name), Shape(1, 2, 64, 64)
-    pinned, own = method.implementation("triton"), method.params()
-    assert method.choose(shape, torch.bfloat16, "cuda", own)[0] == method.implementation("chunked")
-    reasons = method.reasons(pinned, shape, torch.bfloat16, "cuda", method.parse({"causal": True}))
+    pinned, own, causal = method.implementation("triton"), method.params(), method.parse({"causal": True})
+    assert method.choose(shape, torch.bfloat16, "cuda", causal)[0] == method.implementation("chunked")
+    reasons = method.reasons(pinned, shape, torch.bfloat16, "cuda", causal)
     assert "no causal form: features of prefix sums are those of `chunked`" in reasons
     assert "runs on cuda only, not on cpu" in method.reasons(pinned, shape, torch.bfloat16, "cpu", own)
 
