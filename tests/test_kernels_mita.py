@@ -1,5 +1,10 @@
 """The fused MiTA kernels: in Triton's interpreter where there is no GPU, else on the GPU, against float64 autograd."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from triton_support import DEVICE, interpreter, replayed  # noqa: F401 (a fixture of every test here)
@@ -195,6 +200,19 @@ def test_compile_checkpoint_and_autocast():
 def test_the_operator_is_well_formed():
     q, k, v = inputs(h=1, n=40)
     torch.library.opcheck(mita_forward, (q, k, v, None, 5, 1, True, True, 0.2, 0.1, [0, 1, 40, 1, 3]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton is for Linux")
+def test_repeated_launches_are_those_of_triton():
+    """Kernel, grid and arguments, for what Triton may specialise on; a script, since here Triton interprets."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_launches.py")
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    counts = {name: (int(forward), int(both)) for forward, both, name in (line.split(" ", 2) for line in done.stdout.splitlines())}
+    assert counts["plain"] == (6, 15)
+    assert counts["three experts"] == (7, 17)
+    assert all(forward <= 12 and both <= 25 for forward, both in counts.values())
 
 
 def test_unsupported_calls_say_why():

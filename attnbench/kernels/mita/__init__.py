@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ._eager import call_key, plain, prepare, prepared
+from ._forward import Setting
 from ._operator import mita_forward
 
 if TYPE_CHECKING:
@@ -79,13 +81,23 @@ def mita_attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    key = None
+    if not (torch.compiler.is_compiling() or isinstance(landmarks, torch.Tensor)) and plain(q, k, v):
+        key = call_key(q, k, v, landmarks, topk, experts_per_query, grid, prefix, shared, routed, scale, shared_scale)
+        call = prepared(key)
+        if call is not None:
+            return call(q, k, v)
     given, pool = _pooling(q, landmarks, grid, prefix)
     m = pool[3] * pool[4] if given is None else given.shape[2]
     reasons = supported(q, k, v, m, topk, experts_per_query, shared=shared, routed=routed)
     if reasons:
         raise ValueError("; ".join(reasons))
     scale, shared_scale = scale or q.shape[-1] ** -0.5, shared_scale or 1 / q.shape[-1]
-    return mita_forward(q, k, v, given, topk, experts_per_query if routed else 1, shared, routed, scale, shared_scale, pool)[0]
+    options = (topk, experts_per_query if routed else 1, shared, routed, scale, shared_scale)
+    out = mita_forward(q, k, v, given, *options, pool)[0]
+    if key is not None:
+        prepare(key, q, k, v, Setting(*options, tuple(pool)))
+    return out
 
 
 def _pooling(

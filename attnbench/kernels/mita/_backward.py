@@ -14,12 +14,12 @@ import torch
 
 from ._forward import Saved, Setting, rows, sizes
 from ._gradient import probe_grad_kernel, query_grad_kernel, routed_grad_kernel, shared_grad_kernel
-from ._launch import Launcher, signature
+from ._launch import Recorder, find, signature
 from ._plan import Plan, power
 from ._reduce import bins_kernel, finish_kernel, link_kernel, mark_kernel, scatter_kernel, sum_landmark_kernel, sum_probe_kernel
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Hashable, Mapping
 
     from torch import Tensor
 
@@ -45,39 +45,59 @@ class Parts(NamedTuple):
     """bound on the segments of a head"""
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, setting: Setting) -> tuple[Tensor, ...]:
-    """(dq, dk, dv, dr); dr, in float32, includes what pooling passes on to dq."""
+def backward_key(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, setting: Setting) -> Hashable:
+    """What the launches of the backward pass depend on."""
+    return ("backward", signature(grad, q, k, v, out, *saved), setting, sizes(q, k, v, saved.r.shape[2], setting))
+
+
+def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, setting: Setting) -> list[Tensor]:
+    """[dq, dk, dv, dr]; dr, in float32, includes what pooling passes on to dq."""
     grad, q, k, v = rows(grad), rows(q), rows(k), rows(v)
+    out, saved = out.contiguous(), Saved(*(x.contiguous() for x in saved))
+    key = backward_key(grad, q, k, v, out, saved, setting)
+    program = find(key)
+    if program is not None:
+        return program.tensors(grad, q, k, v, out, *saved)
+    launch = Recorder(grad, q, k, v, out, *saved)
+    results = first_backward(launch, setting)
+    # pooled landmarks ask for no gradient of their own
+    launch.note(key, results, own=3 if setting.grid else 4)
+    return results
+
+
+def first_backward(launch: Recorder, setting: Setting) -> list[Tensor]:
+    """The backward pass as Triton launches it: dq, dk, dv and dr."""
+    grad, q, k, v, out, *rest = launch.inputs
+    saved = Saved(*rest)
     (b, h, n, d), m = q.shape, saved.r.shape[2]
     top, s, group, p = sizes(q, k, v, m, setting)
     common = {"G": group, "M": m, "D": d, "DV": v.shape[3], "BD": p.dim, "BDV": p.dim_v, "PREC": p.prec}
-    launch = Launcher(("backward", signature(grad, q, k, v), m, setting, p))
-    delta = torch.empty(b, h, n, dtype=torch.float32, device=q.device)
+    delta = launch.empty(b, h, n)
     if setting.shared:
         dk, dv, dr, share = landmark_grad(launch, grad, q, k, v, out, saved, delta, setting, p, common)
     else:
-        dk, dv = torch.zeros_like(k, memory_format=torch.contiguous_format), torch.zeros_like(v, memory_format=torch.contiguous_format)
+        dk, dv = (launch.zeros(*x.shape, dtype=x.dtype) for x in (k, v))
         # landmarks get no gradient through the selection; pooled ones need none written
-        dr = (torch.empty if setting.grid else torch.zeros)(saved.r.shape, dtype=torch.float32, device=q.device)
-        share = Shares(q.new_empty(b, h, 0, d), torch.empty(0, dtype=torch.int32, device=q.device))
+        dr = (launch.empty if setting.grid else launch.zeros)(*saved.r.shape)
+        share = Shares(launch.empty(b, h, 0, d, dtype=q.dtype), launch.empty(0, dtype=torch.int32))
     dq, parts = query_grad(launch, grad, q, k, v, out, saved, delta, share, setting, top, s, p, common)
     if setting.routed:
         if not p.fused:
             routed_grad(launch, grad, q, k, v, saved, delta, parts, setting, top, s, p, common)
         scatter(launch, k, v, dk, dv, saved, parts, top, p, common)
-    return (finish(launch, dq, q, share, setting, s, p) if s > 1 else dq), dk, dv, dr
+    return [finish(launch, dq, q, share, setting, s, p) if s > 1 else dq, dk, dv, dr]
 
 
 def query_grad(
-    launch: Launcher, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, delta: Tensor, share: Shares,
+    launch: Recorder, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, delta: Tensor, share: Shares,
     setting: Setting, top: int, s: int, p: Plan, common: Mapping[str, object],
 ) -> tuple[Tensor, Parts]:  # fmt: skip
     """dq, one part a slot, and where an expert's keys fit one tile their gradients; `delta` is written where nothing is shared."""
     (b, h, n, d), m = q.shape, saved.r.shape[2]
-    dq = torch.empty(b, h, s * n, d, dtype=torch.float32 if s > 1 else q.dtype, device=q.device)
+    dq = launch.empty(b, h, s * n, d, dtype=torch.float32 if s > 1 else q.dtype)
     segments = p.segments(s * n, m if setting.routed else 0)
     size = b * h * segments * top if setting.routed else 0
-    parts = Parts(k.new_empty(size, d), v.new_empty(size, v.shape[3]), segments)
+    parts = Parts(launch.empty(size, d, dtype=k.dtype), launch.empty(size, v.shape[3], dtype=v.dtype), segments)
     launch(
         query_grad_kernel, b * h * segments,
         grad, q, k, v, out, saved.lse, delta, saved.r, saved.value, share.row, share.bins, saved.index, saved.order, saved.segment, dq,
@@ -91,14 +111,13 @@ def query_grad(
 
 
 def landmark_grad(
-    launch: Launcher, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, delta: Tensor, setting: Setting, p: Plan,
+    launch: Recorder, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, delta: Tensor, setting: Setting, p: Plan,
     common: Mapping[str, object],
 ) -> tuple[Tensor, Tensor, Tensor, Shares]:  # fmt: skip
     """dk and dv through the landmark values, dr, and the pooled tokens' shares of it; writes `delta`."""
     (b, h, n, d), m, dv = q.shape, saved.r.shape[2], v.shape[3]
-    float_ = {"dtype": torch.float32, "device": q.device}
     heads, kv_heads, keys, parts, group = b * h, b * k.shape[1], k.shape[2], -(-n // p.stream), h // k.shape[1]
-    part_r, part_u = torch.empty(heads * parts * m, d, **float_), torch.empty(heads * parts * m, dv, **float_)
+    part_r, part_u = (launch.empty(heads * parts * m, width) for width in (d, dv))
     launch(
         shared_grad_kernel, heads * p.probe_tiles * parts,
         grad, q, out, saved.lse, delta, saved.r, saved.value, part_r, part_u, *grad.stride()[:3], *q.stride()[:3], h, n, parts,
@@ -106,15 +125,15 @@ def landmark_grad(
         **{key: x for key, x in common.items() if key != "G"},
         num_warps=p.grad_warps, num_stages=2,
     )  # fmt: skip
-    u, u_delta, dr = torch.empty_like(saved.value), torch.empty(heads, m, **float_), torch.empty(b, h, m, d, **float_)
+    u, u_delta, dr = launch.empty(*saved.value.shape, dtype=v.dtype), launch.empty(heads, m), launch.empty(b, h, m, d)
     widths = {key: common[key] for key in ("D", "DV", "BD", "BDV")}
     launch(
         sum_landmark_kernel, heads * m, part_r, part_u, saved.value, saved.stat, u, u_delta, dr, parts, M=m, BP=16, **widths, num_warps=2
     )
-    dk, dv_ = k.new_empty(k.shape), v.new_empty(v.shape)
+    dk, dv_ = (launch.empty(*x.shape, dtype=x.dtype) for x in (k, v))
     blocks = -(-keys // p.key_block)
     splits, once = min(blocks, p.key_splits), p.probe_tiles == 1 and group == 1
-    part = torch.empty(heads * (splits if once else p.probe_splits) * m, d, **float_)
+    part = launch.empty(heads * (splits if once else p.probe_splits) * m, d)
     strides = (*k.stride()[:3], *v.stride()[:3])
     tail = {"MT": p.probe_tiles, "BM": p.block_m, "BN": p.key_block, **common, "num_warps": p.grad_warps, "num_stages": 2}
     launch(
@@ -130,8 +149,8 @@ def landmark_grad(
             **tail,
         )  # fmt: skip
     share = Shares(
-        q.new_empty(b, h, m if setting.grid else 0, d),
-        torch.empty(n if setting.grid else 0, -(-m // 32), dtype=torch.int32, device=q.device),
+        launch.empty(b, h, m if setting.grid else 0, d, dtype=q.dtype),
+        launch.empty(n if setting.grid else 0, -(-m // 32), dtype=torch.int32),
     )
     launch(
         sum_probe_kernel, heads * m, part, dr, share.row, splits, *(setting.grid or _NO_GRID)[1:], M=m, D=d, BD=p.dim, BP=16,
@@ -143,7 +162,7 @@ def landmark_grad(
 
 
 def routed_grad(
-    launch: Launcher, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Saved, delta: Tensor, parts: Parts, setting: Setting,
+    launch: Recorder, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Saved, delta: Tensor, parts: Parts, setting: Setting,
     top: int, s: int, p: Plan, common: Mapping[str, object],
 ) -> None:  # fmt: skip
     """Gradients of the experts' keys and values where they take several tiles."""
@@ -157,15 +176,15 @@ def routed_grad(
 
 
 def scatter(
-    launch: Launcher, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, saved: Saved, parts: Parts, top: int, p: Plan,
+    launch: Recorder, k: Tensor, v: Tensor, dk: Tensor, dv: Tensor, saved: Saved, parts: Parts, top: int, p: Plan,
     common: Mapping[str, object],
 ) -> None:  # fmt: skip
     """Add the gradients of the experts' keys and values to dk and dv."""
-    (b, h, m), kv_heads, int_ = saved.r.shape[:3], k.shape[0] * k.shape[1], {"dtype": torch.int32, "device": k.device}
+    (b, h, m), kv_heads = saved.r.shape[:3], k.shape[0] * k.shape[1]
     lists, n = h // k.shape[1] * m, k.shape[2]
     words, pairs, step = -(-lists // 32), lists * top, 16
-    mask = torch.zeros(kv_heads, n, words, **int_)
-    segment, link = torch.empty(b * h, m + 1, **int_), torch.empty(kv_heads, pairs, **int_)
+    mask = launch.zeros(kv_heads, n, words, dtype=torch.int32)
+    segment, link = launch.empty(b * h, m + 1, dtype=torch.int32), launch.empty(kv_heads, pairs, dtype=torch.int32)
     consts = {"LISTS": lists, "WORDS": words, "K": top, "KP": power(top), "num_warps": 1}
     launch(mark_kernel, kv_heads * lists, saved.index, saved.start, mask, segment, n, LENGTH=p.length, M=m, MP=p.landmarks, **consts)
     launch(link_kernel, kv_heads * lists, saved.index, mask, link, n, **consts)
@@ -178,10 +197,10 @@ def scatter(
     )  # fmt: skip
 
 
-def finish(launch: Launcher, dq: Tensor, q: Tensor, share: Shares, setting: Setting, s: int, p: Plan) -> Tensor:
+def finish(launch: Recorder, dq: Tensor, q: Tensor, share: Shares, setting: Setting, s: int, p: Plan) -> Tensor:
     """Sum the slots of dq and add what comes through pooling."""
     b, h, n, d = q.shape
-    out, blocks = q.new_empty(b, h, n, d), -(-n // p.finish_block)
+    out, blocks = launch.empty(b, h, n, d, dtype=q.dtype), -(-n // p.finish_block)
     launch(
         finish_kernel, b * h * blocks, dq, share.row, share.bins, out, n, blocks, S=s, M=share.row.shape[2], BM=p.block_m, D=d, BD=p.dim,
         BT=p.finish_block, POOLED=share.row.numel() > 0, PREC=p.prec, num_warps=4,

@@ -1,60 +1,89 @@
 """Launches without Triton's per-call argument analysis, which at short lengths takes longer than the kernels.
 
-Triton specialises a kernel for its arguments (types, values of 1, divisibility by 16) and looks that up anew at each launch. Here the
-launches of one call of the operator are a list, found by one key: two calls with the same key differ in tensors alone, alike in shape,
-stride, dtype and alignment, and so launch the same compiled kernels in the same order.
+The first call of an operator with some key goes through Triton and is noted down, as a `Program`; later ones repeat it. Nothing is noted
+under the interpreter, nor with a Triton whose launchers are not known here.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from triton import knobs
-from triton.runtime import driver
+import torch
+import triton
+
+from ._program import Buffer, Launch, Program
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable
+    from collections.abc import Hashable, Sequence
 
-    import torch
+    from torch import Tensor
 
-_PREPARED: dict[Hashable, list[tuple[Any, tuple[object, ...]]]] = {}
-_MOST = 4096
-"""keys kept; each holds references to kernels that Triton keeps anyway"""
+_KNOWN = triton.__version__.startswith("3.6.")
+_PROGRAMS: dict[Hashable, Program] = {}
+MOST = 4096
+"""programs kept; each holds references to kernels that Triton keeps anyway"""
 _ALIGNMENT = 16
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
-def signature(*tensors: torch.Tensor) -> Hashable:
-    """What Triton's specialisation may see of the caller's tensors; those allocated by the operator are always aligned."""
-    return (tensors[0].get_device(), *((x.dtype, x.shape, x.stride(), x.data_ptr() % _ALIGNMENT) for x in tensors))
+def signature(*tensors: Tensor) -> Hashable:
+    """What Triton's specialisation may see of a call's tensors; those allocated by the operator are always aligned."""
+    return tuple([(x.dtype, x.shape, x.stride(), x.data_ptr() % _ALIGNMENT, x.device) for x in tensors])
 
 
-class Launcher:
-    """The launches of one call of the operator, in order. `key` includes the `signature` of its tensors and all else that it depends on."""
+def find(key: Hashable) -> Program | None:
+    """The program noted under `key`, which holds the `signature` of the inputs and all else that the launches depend on."""
+    return _PROGRAMS.get(key)
 
-    def __init__(self, key: Hashable) -> None:
-        if len(_PREPARED) >= _MOST and key not in _PREPARED:
-            _PREPARED.clear()
-        self.prepared = _PREPARED.setdefault(key, [])
-        self.place = 0
-        # a profiler's hooks want what Triton's own launches tell them
-        self.direct = not getattr(knobs.runtime.launch_enter_hook, "calls", None)
-        self.stream = driver.active.get_current_stream(driver.active.get_current_device()) if self.prepared else 0
 
-    def __call__(self, kernel: Any, programs: int, *args: object, **constants: object) -> None:
-        """Launch `programs` programs of a Triton kernel; `constants` are its compile-time arguments and options."""
-        if self.place < len(self.prepared):
-            compiled, rest = self.prepared[self.place]
-            self.place += 1
-            if self.direct:
-                compiled.run(
-                    programs, 1, 1, self.stream, compiled.function, compiled.packed_metadata, None, None, None, *args, *rest
-                )  # fmt: skip
-            else:
-                compiled[(programs, 1, 1)](*args, *rest)
-            return
+def forget() -> None:
+    """Drop all programs."""
+    _PROGRAMS.clear()
+
+
+class Recorder:
+    """Runs the launches of a call through Triton and notes them. Tensors are those in `inputs` or made by `empty` and `zeros`."""
+
+    def __init__(self, *inputs: Tensor) -> None:
+        self.inputs = tuple(x.detach() for x in inputs)
+        """the same tensors, each an object of its own even where the caller gave one twice"""
+        self.buffers: list[tuple[Tensor, bool]] = []
+        self.launches: list[tuple[Any, int, list[Tensor], tuple[object, ...]]] = []
+        self.complete = _KNOWN
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor that the call makes."""
+        return self._made(torch.empty(shape, dtype=dtype, device=self.inputs[0].device), zeroed=False)
+
+    def zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The same, zeroed before the first launch."""
+        return self._made(torch.zeros(shape, dtype=dtype, device=self.inputs[0].device), zeroed=True)
+
+    def _made(self, x: Tensor, *, zeroed: bool) -> Tensor:
+        self.buffers.append((x, zeroed))
+        return x
+
+    def __call__(self, kernel: Any, programs: int, *args: Any, **constants: object) -> None:
+        """Launch `programs` programs of a Triton kernel; tensors come first, `constants` are compile-time arguments and options."""
         compiled = kernel[(programs,)](*args, **constants)
-        if hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
-            rest = tuple(constants[name] for name in kernel.arg_names[len(args) :] if name not in _OPTIONS)
-            self.prepared.append((compiled, rest))
-            self.place += 1
+        if not hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
+            self.complete = False
+            return
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        assert all(x is y for x, y in zip(tensors, args, strict=False)), "tensors come first"
+        rest = (*args[len(tensors) :], *(constants[name] for name in kernel.arg_names[len(args) :] if name not in _OPTIONS))
+        self.launches.append((compiled, programs, tensors, rest))
+
+    def note(self, key: Hashable, results: Sequence[Tensor], own: int) -> None:
+        """Keep what was launched as the program of `key`; see `Program` for `results` and `own`."""
+        if not self.complete:
+            return
+        if len(_PROGRAMS) >= MOST:
+            _PROGRAMS.clear()
+        of = {id(x): zeroed for x, zeroed in self.buffers}
+        made = [x for x in results if id(x) in of]
+        scratch = sorted((x for x, _ in self.buffers if not any(x is y for y in made)), key=lambda x: of[id(x)])
+        place = {id(x): i for i, x in enumerate([*self.inputs, *made, *scratch])}
+        launches = [Launch(x, programs, tuple(place[id(t)] for t in tensors), rest) for x, programs, tensors, rest in self.launches]
+        buffers = [[Buffer(tuple(x.shape), x.dtype, of[id(x)]) for x in group] for group in (made, scratch)]
+        _PROGRAMS[key] = Program(self.inputs[0].device, *buffers, launches, [place[id(x)] for x in results], own)

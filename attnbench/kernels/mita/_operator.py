@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Launches within go to the device of `x`."""
     return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
 
 
@@ -41,10 +42,10 @@ def _forward(
     scale: float, shared_scale: float, grid: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The output, then the fields of `Saved`."""
-    with _on(q):
+    with on_device(q):
         out, saved = forward(q, k, v, landmarks, _setting(topk, experts, shared, routed, scale, shared_scale, grid))
     # an operator may not return its input
-    saved = saved._replace(r=saved.r.clone()) if saved.r is landmarks else saved
+    saved = saved if landmarks is None else saved._replace(r=saved.r.clone())
     return out, *saved  # type: ignore[return-value]
 
 
@@ -74,7 +75,7 @@ def _backward(
     scale: float, shared_scale: float, grid: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v and, in float32, of the landmarks."""
-    with _on(q):
+    with on_device(q):
         dq, dk, dv, dr = backward(
             grad, q, k, v, out, Saved(*saved), _setting(topk, experts, shared, routed, scale, shared_scale, grid)
         )  # fmt: skip

@@ -1,0 +1,149 @@
+"""Launches noted down once and repeated: the pointers of a call are filled in, everything else stands.
+
+A program is what one call of an operator did: the tensors that it was given, those that it made, and its launches in order. It is
+repeated with other tensors that are alike in shape, stride, dtype and alignment, which is all that Triton specialises a kernel for. So
+each launch takes the compiled kernel and the arguments that Triton would choose, and neither is looked for again. Buffers are pieces of
+one allocation; kernels get them as numbers, which spares a tensor each, and Triton the question whether the GPU can read it.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from triton import knobs
+from triton.runtime import driver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch import Tensor
+
+_ALIGNMENT = 256
+"""bytes; Triton asks for 16"""
+_C_LAUNCHER = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+
+
+class Buffer(NamedTuple):
+    """A tensor that a program makes."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    zeroed: bool
+
+    @property
+    def bytes(self) -> int:
+        """Its size."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def on(self, device: torch.device) -> Tensor:
+        """A tensor of its own."""
+        return (torch.zeros if self.zeroed else torch.empty)(self.shape, dtype=self.dtype, device=device)
+
+
+class Launch(NamedTuple):
+    """One launch, without its pointers."""
+
+    compiled: Any
+    """what Triton compiled"""
+    programs: int
+    places: tuple[int, ...]
+    """which tensors it takes; in every kernel they come first"""
+    rest: tuple[object, ...]
+    """its other arguments"""
+
+
+class Program:
+    """The launches of one call, with places for pointers: first of the `inputs`, then of results, last of what only the launches need.
+
+    `results` are places of what the call returns: inputs and all of `made`. Of those the first `own` are always tensors of their own.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        made: Sequence[Buffer],
+        scratch: Sequence[Buffer],
+        launches: Sequence[Launch],
+        results: Sequence[int],
+        own: int,
+    ) -> None:
+        assert not any(x.zeroed for x in made[own:]), "what is packed is not zeroed"
+        self.device, self.made, self.results, self.own = device, made, results, own
+        self.index = -1 if device.index is None else device.index
+        self.zeroed = [x for x in scratch if x.zeroed]
+        self.packed, self.packed_bytes = _places(made[own:])
+        self.scratch, self.scratch_bytes = _places([x for x in scratch if not x.zeroed])
+        self.launches = launches
+        self.calls = [(*_entry(x.compiled), x.programs, _taker(x.places), x.rest) for x in launches]
+
+    def tensors(self, *inputs: Tensor) -> list[Tensor]:
+        """Run; every result is a tensor of its own."""
+        every = [*inputs, *(x.on(self.device) for x in self.made)]
+        scratch = self._bytes(self.scratch_bytes)
+        self._launch([x.data_ptr() for x in every], scratch.data_ptr())
+        return [every[i] for i in self.results]
+
+    def packed_results(self, pointers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
+        """Run on inputs at `pointers`: the `own` results, and the others in one buffer, which `unpack` takes apart."""
+        own, pack, scratch = self._own(), self._bytes(self.packed_bytes), self._bytes(self.scratch_bytes)
+        base = pack.data_ptr()
+        self._launch([*pointers, *[x.data_ptr() for x in own], *[base + x for x in self.packed]], scratch.data_ptr())
+        return own, pack
+
+    def own_results(self, pointers: Sequence[int]) -> list[Tensor]:
+        """Run on inputs at `pointers`; the `own` results alone are kept."""
+        own, buffer = self._own(), self._bytes(self.packed_bytes + self.scratch_bytes)
+        base = buffer.data_ptr()
+        self._launch([*pointers, *[x.data_ptr() for x in own], *[base + x for x in self.packed]], base + self.packed_bytes)
+        return own
+
+    def unpack(self, pack: Tensor) -> list[Tensor]:
+        """The results in the buffer of `packed_results`, as tensors."""
+        items = zip(self.packed, self.made[self.own :], strict=True)
+        return [pack[start : start + x.bytes].view(x.dtype).view(x.shape) for start, x in items]
+
+    def _own(self) -> list[Tensor]:
+        return [x.on(self.device) for x in self.made[: self.own]]
+
+    def _bytes(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _launch(self, pointers: list[int], scratch: int) -> None:
+        zeroed = [x.on(self.device) for x in self.zeroed]  # alive until all is launched
+        pointers += [scratch + x for x in self.scratch]
+        pointers += [x.data_ptr() for x in zeroed]
+        if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+            for x in self.launches:  # a profiler wants to be told what Triton tells
+                x.compiled[(x.programs, 1, 1)](*[pointers[i] for i in x.places], *x.rest)
+            return
+        stream = driver.active.get_current_stream(self.index)
+        for call, head, programs, take, rest in self.calls:
+            call(programs, 1, 1, stream, *head, *take(pointers), *rest)
+
+
+def _places(buffers: Sequence[Buffer]) -> tuple[list[int], int]:
+    """Where each of them begins in one allocation, and its size."""
+    places, end = [], 0
+    for buffer in buffers:
+        places.append(end)
+        end += -(-buffer.bytes // _ALIGNMENT) * _ALIGNMENT
+    return places, end
+
+
+def _taker(places: tuple[int, ...]) -> Callable[[list[int]], tuple[int, ...]]:
+    """Picks those places of a list."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return itemgetter(slice(places[0], places[0] + 1))
+
+
+def _entry(compiled: Any) -> tuple[Any, tuple[object, ...]]:
+    """(function, its arguments between the stream and those of the kernel): Triton's launcher, or what it would call."""
+    run, nothing = compiled.run, (None, None, None)
+    if all(hasattr(run, name) for name in _C_LAUNCHER) and not run.global_scratch_size and not run.profile_scratch_size:
+        head = (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, compiled.packed_metadata, *nothing)
+        return run.launch, head
+    return run, (compiled.function, compiled.packed_metadata, *nothing)
