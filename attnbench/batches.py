@@ -6,7 +6,7 @@ import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
@@ -15,10 +15,12 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from attnbench.recipe import Recipe
     from attnbench.tasks.trained import Split, TrainedTask
-    from attnbench.train import Recipe
 
 _AHEAD = 4
+IGNORED = -100
+"""target of a place that was only added so that all batches have one shape"""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Prepared:
     inputs: Tensor
     """`[B, N]` long or `[B, N, F]` float"""
     targets: Tensor
-    """`[T]` long: a class for each example, or for each token that counts"""
+    """`[T]` long: a class for each example, or for each token that counts; `[T, classes]` float where classes are mixed. `IGNORED` where
+    a place does not count"""
     groups: Tensor
     """`[T]` long: the slice of each"""
     positions: Tensor | None
@@ -44,9 +47,31 @@ class Prepared:
         """In memory from which a GPU copies by itself."""
         return self._each(lambda x: x.pin_memory())
 
+    def copy(self) -> Prepared:
+        """In memory of its own."""
+        return self._each(lambda x: x.clone())
+
+    def alike(self, other: Prepared) -> bool:
+        """Whether another batch has tensors of the same sizes and kinds."""
+        mine, theirs = ({name: (x.shape, x.dtype) for name, x in batch._present().items()} for batch in (self, other))
+        return mine == theirs
+
+    def fill(self, other: Prepared) -> None:
+        """Take over what another batch holds, in the same memory."""
+        theirs = other._present()
+        for name, x in self._present().items():
+            x.copy_(theirs[name], non_blocking=True)
+
+    def keep_for(self, stream: Any) -> None:
+        """Let its memory be, until what was queued on a stream is done."""
+        for x in self._present().values():
+            x.record_stream(stream)
+
+    def _present(self) -> dict[str, Tensor]:
+        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Prepared:
-        present = {f.name: change(x) for f in fields(self) if (x := getattr(self, f.name)) is not None}
-        return replace(self, **present)
+        return replace(self, **{name: change(x) for name, x in self._present().items()})
 
 
 def prepared(task: TrainedTask, split: Split, index: int, recipe: Recipe) -> Prepared:
@@ -54,7 +79,8 @@ def prepared(task: TrainedTask, split: Split, index: int, recipe: Recipe) -> Pre
     batch = task.batch(split, index, recipe.batch, recipe.n, recipe.seed if split == "train" else 0)
     inputs = batch.inputs if batch.inputs.is_floating_point() else batch.inputs.long()
     if not task.per_token:
-        return Prepared(inputs, batch.targets.long(), batch.groups.long(), None, None if bool(batch.mask.all()) else batch.mask)
+        targets = batch.targets if batch.targets.is_floating_point() else batch.targets.long()
+        return Prepared(inputs, targets, batch.groups.long(), None, None if bool(batch.mask.all()) else batch.mask)
     positions = batch.mask.flatten().nonzero().squeeze(1)
     groups = batch.groups if batch.groups.ndim == 2 else batch.groups[:, None].expand_as(batch.targets)
     return Prepared(inputs, batch.targets.flatten()[positions].long(), groups.flatten()[positions].long(), positions, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ from attnbench.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -33,7 +34,8 @@ def save(path: Path, state: dict[str, Any]) -> None:
             os.fsync(f.fileno())
         fresh.replace(path)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
+        with suppress(OSError):  # as where the folder is a file
+            fresh.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was: free space and run again") from None
 
 

@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,32 @@ class WorkerDiedError(Exception):
 
 class WorkerHungError(Exception):
     """The worker did not answer in time, and was killed."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a job is, told before it replies."""
+
+    done: int
+    total: int
+    text: str = ""
+    kept: int = 0
+    """of what is done, what would outlive the process"""
+    gained: bool = False
+    """whether this process has added to that"""
+
+
+_PARENT: list[Connection] = []
+"""in a worker, the way to the process that started it"""
+
+
+def report(progress: Progress) -> None:
+    """Tell the parent how far the running job is; does nothing in a process that is no worker. A worker without a parent ends here."""
+    for parent in _PARENT:
+        try:
+            parent.send(progress)
+        except OSError:
+            os._exit(1)
 
 
 @dataclass(frozen=True)
@@ -53,18 +80,16 @@ class Worker:
     _pipe: Connection | None = field(default=None, repr=False)
     _log: Path | None = field(default=None, repr=False)
 
-    def run(self, message: Any, timeout_s: float) -> Any:
-        """The job's value. Raises `WorkerHungError` after `timeout_s`, `WorkerDiedError` where the process ends.
+    def run(self, message: Any, timeout_s: float, hear: Callable[[Progress], None] = lambda _: None) -> Any:
+        """The job's value; `hear` is called with what it reports on the way.
 
-        Either way the next message goes to a new process.
+        Raises `WorkerHungError` after `timeout_s`, `WorkerDiedError` where the process ends. Either way the next message goes to a new
+        process.
         """
         pipe = self._ensure()
         try:
             pipe.send(message)
-            if not pipe.poll(timeout_s):
-                self.stop()
-                raise WorkerHungError(f"no answer within {timeout_s:g} s")
-            reply = pipe.recv()
+            reply = self._answer(pipe, timeout_s, hear)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise WorkerDiedError(self._epitaph()) from None
         except KeyboardInterrupt:
@@ -73,6 +98,16 @@ class Worker:
         if not reply.reusable:
             self.stop()
         return reply.value
+
+    def _answer(self, pipe: Connection, timeout_s: float, hear: Callable[[Progress], None]) -> Reply:
+        end = time.monotonic() + timeout_s
+        while pipe.poll(max(0.0, end - time.monotonic())):
+            heard: Reply | Progress = pipe.recv()
+            if isinstance(heard, Reply):
+                return heard
+            hear(heard)
+        self.stop()
+        raise WorkerHungError(f"no answer within {timeout_s:g} s")
 
     def _ensure(self) -> Connection:
         if self._pipe is None:
@@ -122,6 +157,7 @@ class Worker:
 
 def _serve(pipe: Connection, setup: Callable[..., Callable[[Any], Reply]], arguments: tuple[Any, ...], log: str) -> None:
     """The worker's main loop. Its output goes to `log`; interrupts are the parent's business."""
+    _PARENT.append(pipe)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with Path(log).open("a") as f:
         for stream in (1, 2):

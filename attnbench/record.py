@@ -135,7 +135,7 @@ class Training:
     """How a model was trained. The rate chosen is the one with the highest validation accuracy."""
 
     trials: tuple[Trial, ...]
-    """in the order in which they ran; once a trial reaches the target, no further rate is tried"""
+    """smallest rate first; all end where the first of them reaches the target"""
     rate: float
     """the one chosen; NaN where all diverged"""
     parameters: int
@@ -162,6 +162,10 @@ class Training:
     """layer -> the same for experts at even places from the busiest to the idlest"""
     kept: tuple[str, ...] = ()
     """layer -> on images, in how many heads some expert keeps each token of the first test examples, as `tasks.routing` packs it"""
+    graph: bool = False
+    """whether the steps of all trials were replayed from a CUDA graph"""
+    together: int = 1
+    """trials that ran side by side, each at `tokens_per_s`"""
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -236,6 +240,8 @@ class Record:
     """allocation that failed, for `oom`"""
     limit_s: float | None = None
     """time allowed, for `timeout`"""
+    kept_steps: int | None = None
+    """for `timeout` of a cell that trains: steps that its checkpoints hold, where this attempt added to them; resumed, it goes on there"""
 
     def __post_init__(self) -> None:
         if (self.timing or self.memory or self.metrics or self.breakdown or self.energy) and self.status is not Status.OK:
@@ -244,7 +250,7 @@ class Record:
     def to_json(self) -> str:
         """One line."""
         data = {"schema": SCHEMA, "case_id": self.case.case_id, **asdict(self), "case": self.case.as_dict()}
-        data = {k: v for k, v in data.items() if v is not None or k not in ("training", "energy")}
+        data = {k: v for k, v in data.items() if v is not None or k not in ("training", "energy", "kept_steps")}
         return json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
 
     @classmethod

@@ -178,7 +178,7 @@ def done(records: Iterable[Record], env_id: str, timeout_s: float) -> dict[str, 
     """Cases that a resumed run need not try again, by id: measured, unsupported, diverged, too large, or too slow for this timeout."""
     final: dict[str, Record] = {}
     for record in latest(r for r in records if r.env_id == env_id):
-        slow = record.status is Status.TIMEOUT and (record.limit_s or 0) >= timeout_s
+        slow = record.status is Status.TIMEOUT and (record.limit_s or 0) >= timeout_s and record.kept_steps is None
         if slow or record.status in (Status.OK, Status.UNSUPPORTED, Status.OOM, Status.DIVERGED):
             final[record.case.case_id] = record
     return final

@@ -41,14 +41,17 @@ def per_token(**changes: object) -> object:
 
 
 @pytest.mark.parametrize("method", ["softmax", "mita", "performer"])
-@pytest.mark.parametrize("at", [4, 8])
-def test_a_run_that_was_killed_ends_with_the_same_weights_bit_for_bit(tmp_path: Path, method: str, at: int) -> None:
+@pytest.mark.parametrize("at", [4, 7])
+def test_a_run_that_was_killed_ends_with_the_same_weights_bit_for_bit(
+    tmp_path: Path, method: str, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnbench.recipe._POINTS", 4)  # a point every 3 steps, an evaluation every 4
     whole = Trainer(model(method, per_token=True), per_token(), recipe())
     whole.run()
     path = tmp_path / "run.pt"
     first = Trainer(model(method, per_token=True), per_token(), recipe(), path=path, save_s=0.0)
 
-    def kill(_: str) -> None:
+    def kill(_: Trainer) -> None:
         if first.fit.step == at:
             raise KilledError
 
@@ -56,7 +59,7 @@ def test_a_run_that_was_killed_ends_with_the_same_weights_bit_for_bit(tmp_path: 
     with pytest.raises(KilledError):
         first.run()
     second = Trainer(model(method, seed=5, per_token=True), per_token(), recipe(), path=path)
-    assert second.fit.step == at - 1
+    assert second.fit.step == second.kept == at
     second.run()
     assert {k: v.tolist() for k, v in second.model.state_dict().items()} == {k: v.tolist() for k, v in whole.model.state_dict().items()}
     assert second.fit.losses == whole.fit.losses

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,13 +12,18 @@ import torch
 
 from attnbench import checkpoint
 from attnbench.batches import prepared
+from attnbench.data import Data
+from attnbench.isolate import Progress, report
 from attnbench.nn import Architecture, TinyTransformer
+from attnbench.race import race
+from attnbench.recipe import Fit, Recipe, Score
 from attnbench.record import Record, Status, Training, Trial
 from attnbench.suite import laid, other_method, rates
 from attnbench.tasks import routing, trained
-from attnbench.train import Fit, Recipe, Score, Trainer
+from attnbench.train import Trainer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from torch import Tensor
@@ -25,8 +32,13 @@ if TYPE_CHECKING:
     from attnbench.tasks.trained import TrainedTask
 
 _DTYPES = ("float32", "bfloat16")
-_SHARED = ("warmup", "weight_decay", "betas", "clip", "evaluations", "validated", "tested", "target")
-"""settings of the recipe that are the same for every case"""
+_SHARED = ("warmup", "weight_decay", "betas", "clip", "evaluations", "validated", "tested", "target", "examples")
+"""settings of the recipe that are the same for every case of a task"""
+EXAMPLES = 1 << 17
+"""training examples of a task that draws them: as many as published, which is 100k (mqar), 96k (listops) and 128k (pathfinder)"""
+DRAWN = "drawn"
+"""folder beside the checkpoints where sets of examples lie that cells share"""
+_TELL_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,8 @@ class _Outcome:
     """number of the fit chosen; None where all diverged"""
     state: dict[str, Tensor]
     """weights of it, on the CPU"""
+    together: int = 1
+    """models that trained side by side"""
 
 
 def run(case: Case, device: str, folder: Path | None = None) -> Record:
@@ -86,7 +100,8 @@ def architecture(case: Case, task: TrainedTask) -> Architecture:
 
 def recipe(case: Case, rate: float) -> Recipe:
     """How a case is trained at one learning rate."""
-    return Recipe(steps=case.steps, rate=rate, batch=case.batch, n=case.n, seed=case.seed, autocast=case.dtype == "bfloat16")
+    plain = Recipe(steps=case.steps, rate=rate, batch=case.batch, n=case.n, seed=case.seed, autocast=case.dtype == "bfloat16")
+    return plain if ":" in case.data else replace(plain, examples=trained.get(case.data).examples or EXAMPLES)
 
 
 def _model(case: Case, task: TrainedTask) -> TinyTransformer:
@@ -96,22 +111,92 @@ def _model(case: Case, task: TrainedTask) -> TinyTransformer:
 
 
 def _train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> _Outcome:
-    """One model a learning rate, until one reaches the target; the best on the validation split is kept."""
-    fits: list[Fit] = []
-    best: tuple[float, int] | None = None
-    state: dict[str, Tensor] = {}
-    for rate in rates(case.rates):
-        own = recipe(case, rate)
+    """One model a learning rate, up to the evaluation at which the first reaches the target; the best there is kept.
+
+    On a GPU they train side by side, one after another where they do not fit, or on a CPU: that changes speed alone, see `race`.
+    """
+    data = Data(task, recipe(case, 1.0), device, folder / DRAWN if folder else None)
+    tried = rates(case.rates)
+    show = _Report(case.steps, len(tried))
+
+    def trainer(rate: float) -> Trainer:
         path = folder / case.case_id / f"{rate:g}.pt" if folder else None
-        trainer = Trainer(_model(case, task), task, own, device, path)
-        fit = trainer.run()
-        fits.append(fit)
-        if not fit.diverged and (best is None or fit.reached > best[0]):
-            best = fit.reached, len(fits) - 1
-            state = {name: x.detach().cpu().clone() for name, x in trainer.model.state_dict().items()}
-        if fit.reached >= own.target:
-            break
-    return _Outcome(tuple(fits), best[1] if best else None, state)
+        why = _why_eager(case, device)
+        return show.watch(Trainer(_model(case, task), task, recipe(case, rate), device, path, data=data, why_eager=why))
+
+    if device != "cpu" and len(tried) > 1 and (outcome := _side_by_side(trainer, tried)):
+        return outcome
+    return _in_turn(trainer, tried)
+
+
+def _side_by_side(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> _Outcome | None:
+    """All rates at once; None where their memory does not fit."""
+    try:
+        trainers = [trainer(rate) for rate in tried]
+        race(trainers)
+    except torch.OutOfMemoryError:
+        trainers = []
+        gc.collect()
+        torch.cuda.empty_cache()
+        return None
+    return replace(_chosen([t.fit for t in trainers], [_weights(t) for t in trainers]), together=len(tried))
+
+
+def _in_turn(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> _Outcome:
+    """One rate after another, each as far as the least that any needed to reach the target."""
+    fits, states, end = [], [], None
+    for rate in tried:
+        one = trainer(rate)
+        end = race([one], end)
+        fits.append(one.fit)
+        states.append(_weights(one))
+    return _chosen([fit.upto(end) if end else fit for fit in fits], states)
+
+
+def _chosen(fits: Sequence[Fit], states: Sequence[dict[str, Tensor]]) -> _Outcome:
+    """The fit with the highest accuracy on the validation split, of several the one with the smallest rate."""
+    sound = [i for i, fit in enumerate(fits) if not fit.diverged]
+    best = max(sound, key=lambda i: fits[i].reached, default=None)
+    return _Outcome(tuple(fits), best, {} if best is None else states[best])
+
+
+def _weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: x.detach().cpu().clone() for name, x in trainer.model.state_dict().items()}
+
+
+def _why_eager(case: Case, device: str) -> str:
+    """Why a step of this case cannot be captured in a CUDA graph; empty where it can."""
+    method, params = case.resolve()
+    dtype = getattr(torch, case.dtype)
+    chosen, _ = method.choose(case.shape, dtype, device, params, backward=True)
+    found = method.reasons(chosen, case.shape, dtype, device, params, backward=True, graph=True) if chosen and device != "cpu" else []
+    return "; ".join(found)
+
+
+class _Report:
+    """Tells whoever runs this cell how far it is, about once a second."""
+
+    def __init__(self, steps: int, models: int) -> None:
+        self.total, self.models = steps * models, models
+        self.trainers: list[Trainer] = []
+        self.begun, self.last = 0, 0.0
+
+    def watch(self, trainer: Trainer) -> Trainer:
+        """Tell of this model too."""
+        self.trainers = [t for t in self.trainers if t.recipe.rate != trainer.recipe.rate] + [trainer]
+        self.begun += trainer.kept
+        trainer.tell = self
+        return trainer
+
+    def __call__(self, _: Trainer) -> None:
+        now = time.perf_counter()
+        if now - self.last < _TELL_S:
+            return
+        self.last = now
+        best = max(self.trainers, key=lambda t: t.fit.reached)
+        text = f"loss {min(t.loss for t in self.trainers):.3f}, accuracy {best.fit.reached:.3f} at rate {best.recipe.rate:g}"
+        done, kept = (sum(getattr(x, name) for x in xs) for name, xs in (("step", [t.fit for t in self.trainers]), ("kept", self.trainers)))
+        report(Progress(done, self.total, text, kept=kept, gained=kept > self.begun))
 
 
 def _trained(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Record:
@@ -146,7 +231,7 @@ def _judged(model: TinyTransformer, case: Case, task: TrainedTask, device: str, 
     score = trainer.evaluate("test")
     with torch.autocast(device, torch.bfloat16, enabled=settings.autocast):
         layers = routing.layers(model, prepared(task, "test", 0, settings).to(device))
-    seen = routing.summary(layers, case.n, pictures=task.grid(case.n) is not None)
+    seen: dict[str, Any] = routing.summary(layers, case.n, pictures=task.grid(case.n) is not None)
     return score, replace(training, groups=score.groups, **seen)
 
 
@@ -160,6 +245,8 @@ def _training(case: Case, task: TrainedTask, model: TinyTransformer, outcome: _O
         width=case.heads * case.dim,
         group=task.group,
         chance=task.chance,
+        graph=all(fit.graph for fit in outcome.fits),
+        together=outcome.together,
         recipe={name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items() if name in _SHARED},
         data_hash=task.batch("train", 0, case.batch, case.n, case.seed).digest,
         notes=tuple(dict.fromkeys(note for fit in outcome.fits for note in fit.notes)),

@@ -1,0 +1,77 @@
+"""Models that train side by side: the learning rates of one case, which share their batches and, on a GPU, the time of its cores.
+
+The race ends at the first evaluation at which one of them reaches the target, or else after the last step: every rate takes as many
+steps as that, unless its loss stops being finite. Which rates are tried, how far and which wins are so determined by the recipe alone;
+whether they run at once or one after another, and how often they were killed in between, changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from attnbench.train import Trainer
+
+_MOST, _SHORT_S, _LONG_S = 64, 0.2, 1.0
+"""steps that are queued on a GPU before the host waits for it: more where they take less time than this, fewer where more"""
+
+
+def race(trainers: Sequence[Trainer], end: int | None = None) -> int:
+    """Train models whose recipes differ in the rate alone, up to the step at which the first is done; at most to `end`.
+
+    Returns the step at which the race ended: those that ran before know only then how far they should have gone (`Fit.upto`). Models that
+    went on from checkpoints of different ages wait for each other.
+    """
+    end = trainers[0].recipe.steps if end is None else end
+    while True:
+        end = min([end, *(t.fit.step for t in trainers if t.fit.reached >= t.recipe.target)])
+        running = [t for t in trainers if not t.over and t.fit.step < end]
+        if not running:
+            break
+        last = min(t.fit.step for t in running)
+        ahead = [t.fit.step for t in running if t.fit.step > last]
+        _run([t for t in running if t.fit.step == last], min([end, *ahead]))
+    for trainer in trainers:
+        trainer.finish()
+    return end
+
+
+def _run(group: Sequence[Trainer], until: int) -> None:
+    """Models at the same step, up to a step or to the first that is over."""
+    first, size, begun = group[0], 4, 0.0
+    for trainer in group:
+        trainer.model.train()
+    with first.batches.batches(first.fit.step) as batches:
+        while first.fit.step < until and not any(t.over for t in group):
+            steps = min(until, _stop(first, size)) - first.fit.step
+            queued = time.perf_counter()
+            for _ in range(steps):
+                batch = next(batches)
+                for trainer in group:
+                    trainer.take(batch)
+            for trainer in group:
+                trainer.wait()
+            now = time.perf_counter()
+            for trainer in group if begun else ():
+                trainer.fit.seconds, trainer.fit.timed = trainer.fit.seconds + now - begun, trainer.fit.timed + steps
+            size = _next_size(size, now - queued)
+            for trainer in group:
+                trainer.look()
+            begun = time.perf_counter() if all(t.settled for t in group) else 0.0
+
+
+def _stop(trainer: Trainer, size: int) -> int:
+    """The next step at which to look: on a CPU, which queues nothing, after each."""
+    step, r = trainer.fit.step, trainer.recipe
+    if trainer.device == "cpu":
+        return step + 1
+    return min(step + size, *(step - step % every + every for every in (r.points, r.interval)))
+
+
+def _next_size(size: int, seconds: float) -> int:
+    if seconds > _LONG_S:
+        return max(1, size // 2)
+    return min(_MOST, 2 * size) if seconds < _SHORT_S else size

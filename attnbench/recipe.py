@@ -1,0 +1,111 @@
+"""What determines a training run, and what it leaves behind."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from attnbench.tasks.trained import Split
+
+_POINTS = 100
+"""points of a learning curve, at most"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is trained; with a task, N, a seed and an architecture it determines the result."""
+
+    steps: int
+    rate: float
+    """largest learning rate"""
+    batch: int
+    n: int
+    seed: int = 0
+    warmup: float = 0.1
+    """share of the steps over which the rate rises to its largest value"""
+    weight_decay: float = 0.05
+    """of matrices; biases, norms and positions have none"""
+    betas: tuple[float, float] = (0.9, 0.98)
+    clip: float = 1.0
+    """largest norm of the gradient"""
+    autocast: bool = False
+    """whether products are taken in bfloat16"""
+    evaluations: int = 20
+    """how often the validation split is looked at"""
+    validated: int = 1024
+    """examples of the validation split looked at each time, at most; fewer where that would take over an eighth of the training"""
+    tested: int = 4096
+    """examples of the test split, at most; fewer where that would be over a quarter of those trained on"""
+    target: float = 0.999
+    """validation accuracy at which training may stop"""
+    examples: int = 0
+    """training examples there are: a set that is gone through again and again, in another order each time; 0: every batch is new"""
+
+    @property
+    def interval(self) -> int:
+        """Steps between evaluations."""
+        return max(1, self.steps // self.evaluations)
+
+    @property
+    def points(self) -> int:
+        """Steps between points of the learning curve."""
+        return max(1, self.steps // _POINTS)
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warm = max(1, round(self.warmup * self.steps))
+        if step < warm:
+            return self.rate * (step + 1) / warm
+        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+
+    def batches(self, split: Split, available: int = 0) -> int:
+        """Batches of a held-out split that are looked at; `available` is the number of examples there are, 0 for no end."""
+        trained = self.steps * self.batch
+        wanted = min(self.tested, trained // 4) if split == "test" else min(self.validated, trained // (8 * self.evaluations))
+        return max(1, math.ceil(min(wanted, available or wanted) / self.batch))
+
+
+@dataclass
+class Score:
+    """How a model does on a held-out split."""
+
+    accuracy: float
+    loss: float
+    groups: dict[str, float] = field(default_factory=dict)
+    """slice -> accuracy; ranges of about as many examples each, `LOW-HIGH`, where there would be many slices"""
+
+
+@dataclass
+class Fit:
+    """What one training run left behind."""
+
+    rate: float
+    step: int = 0
+    """steps taken"""
+    losses: list[tuple[int, float]] = field(default_factory=list)
+    """(step, mean training loss since the point before)"""
+    validation: list[tuple[int, float]] = field(default_factory=list)
+    """(step, accuracy on the validation split)"""
+    diverged: bool = False
+    """whether a loss was not finite"""
+    seconds: float = 0.0
+    """spent in training steps, the first excluded, evaluations too"""
+    timed: int = 0
+    """steps of those seconds"""
+    graph: bool = False
+    """whether steps were replayed from a CUDA graph"""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def reached(self) -> float:
+        """Validation accuracy at the end; 0 where there is none."""
+        return 0.0 if self.diverged or not self.validation else self.validation[-1][1]
+
+    def upto(self, step: int) -> Fit:
+        """What it was after so many steps; later ones are left out, but for their time."""
+        if self.step <= step:
+            return self
+        curves = {name: [point for point in getattr(self, name) if point[0] <= step] for name in ("losses", "validation")}
+        return replace(self, step=step, diverged=False, **curves)
