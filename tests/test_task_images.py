@@ -7,7 +7,7 @@ from PIL import Image
 
 from attnbench.errors import UserError
 from attnbench.nn import Architecture, TinyTransformer
-from attnbench.tasks import _augment, images
+from attnbench.tasks import _augment, _mix, images
 from attnbench.tasks.loading import loader
 
 COLOURS = {"blue": (20, 40, 200), "green": (30, 180, 40), "red": (210, 30, 20)}
@@ -51,6 +51,7 @@ def test_a_folder_is_split_once_by_the_names_of_its_images(folder):
 
 def test_folders_of_splits_are_kept(split_folder):
     data = images.open_folder(split_folder)
+    assert (data.task.available("test"), data.task.available("validation")) == (9, min(9, len(data.files["validation"])))
     assert sorted(name for name, _ in data.files["test"]) == sorted(f"val/{c}/{i}.png" for c in COLOURS for i in range(3))
     assert all(name.startswith("train/") for split in ("train", "validation") for name, _ in data.files[split])
     assert len(data.files["train"]) + len(data.files["validation"]) == 180
@@ -71,22 +72,65 @@ def test_batches_of_a_folder_are_pure_patches_of_what_was_painted(folder):
     train = task.batch("train", 2, 6, 4, 7)
     assert train.digest == task.batch("train", 2, 6, 4, 7).digest
     assert len({train.digest, task.batch("train", 2, 6, 4, 8).digest, task.batch("train", 3, 6, 4, 7).digest}) == 3
-    halves = [task.batch("train", i, 3, 4, 7).inputs for i in (4, 5)]
-    assert torch.equal(train.inputs, torch.cat(halves)), "an example does not depend on the batch that it is in"
+    halves = [task.batch("test", i, 3, 4, 7).inputs for i in (4, 5)]
+    assert torch.equal(task.batch("test", 2, 6, 4, 7).inputs, torch.cat(halves)), "an example does not depend on its batch"
 
 
-def test_an_epoch_sees_every_image_once(folder):
+def test_an_epoch_sees_every_image_three_times_in_a_row(folder):
     data = images.open_folder(folder)
     count = len(data.files["train"])
-    labels = data.batch("train", 0, count, 1, 0).targets
-    assert torch.bincount(labels).tolist() == np.bincount([label for _, label in data.files["train"]]).tolist()
+    read = [data._example("train", number, 16, 0) for number in range(3 * count)]
+    labels = np.array([label for _, label in read]).reshape(count, 3)
+    assert (labels == labels[:, :1]).all()
+    assert np.bincount(labels[:, 0]).tolist() == np.bincount([label for _, label in data.files["train"]]).tolist()
+    assert all(len({image.tobytes() for image, _ in read[i : i + 3]}) > 1 for i in range(0, len(read), 3)), "augmented anew"
+    again = [data._example("train", number, 16, 0)[1] for number in range(3 * count, 6 * count, 3)]
+    assert sorted(again) == sorted(labels[:, 0].tolist())
+    assert again != labels[:, 0].tolist()
+
+
+def own_share(images, partner, out):
+    """How much of each pixel of `out` is its own, where the two differ."""
+    return ((out - partner) / (images - partner)).double()
+
+
+def test_mixing_blends_or_pastes_and_the_classes_say_how_much():
+    """Images and classes are put together again from what was drawn, by the definition of either."""
+    whole, labels = torch.rand(6, 3, 32, 32, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 3, 0])
+    kinds = set()
+    for seed in range(40):
+        out, targets = _mix.mixed(whole, labels, 5, np.random.default_rng(seed))
+        share = own_share(whole, whole.flip(0), out)
+        kept = float(share.mean())
+        want = torch.full((6, 5), 0.02, dtype=torch.float64)
+        for i, label in enumerate(labels.tolist()):
+            want[i, label] += 0.9 * kept
+            want[i, labels[5 - i]] += 0.9 * (1 - kept)
+        torch.testing.assert_close(targets.double(), want, rtol=0, atol=1e-6)
+        pasted = bool(((share - share.round()).abs() < 1e-9).all())
+        kinds.add(pasted)
+        if pasted:  # a box: rows times columns
+            gone = share[0, 0].round() == 0
+            assert gone.sum() == gone.any(0).sum() * gone.any(1).sum()
+        else:
+            assert float(share.std()) < 1e-9
+    assert kinds == {True, False}
+
+
+def test_training_batches_are_mixed_and_held_out_ones_are_not(folder):
+    data = images.open_folder(folder)
+    train, test = (data.task.batch(split, 0, 6, 4, 0) for split in ("train", "test"))
+    assert train.targets.shape == (6, 3)
+    torch.testing.assert_close(train.targets.sum(1), torch.ones(6))
+    assert test.targets.dtype == train.groups.dtype == torch.long
 
 
 def test_patches_are_what_a_convolution_reads():
-    image = torch.randn(3, 48, 48, dtype=torch.float64)
+    several = torch.randn(2, 3, 48, 48, dtype=torch.float64)
     weight = torch.randn(5, 3, 16, 16, dtype=torch.float64)
-    want = torch.nn.functional.conv2d(image[None], weight, stride=16)[0].flatten(1).T
-    torch.testing.assert_close(images.patches(image) @ weight.flatten(1).T, want)
+    want = torch.nn.functional.conv2d(several, weight, stride=16).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(images.patches(several) @ weight.flatten(1).T, want)
+    assert torch.equal(images.patches(several[1]), images.patches(several)[1])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -100,6 +144,7 @@ def test_damaged_images_are_skipped_and_counted_in_workers_too(folder, workers):
     assert data.skipped == []
     batches = list(loader(data.task, "test", size=len(names), n=4, seed=0, count=1, workers=workers))
     assert data.skipped == names[:3]
+    assert data.task.notes() == [f"skipped 3 images that cannot be decoded: {', '.join(names[:3])}"]
     assert batches[0].targets.tolist() == [label for _, label in [data.files["test"][3]] * 3 + data.files["test"][3:]]
 
 

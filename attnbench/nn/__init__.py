@@ -3,6 +3,6 @@
 from .attention import AttentionLayer
 from .block import Block
 from .mita import MiTAAttention
-from .transformer import Architecture, TinyTransformer
+from .transformer import Architecture, TinyTransformer, built
 
-__all__ = ["Architecture", "AttentionLayer", "Block", "MiTAAttention", "TinyTransformer"]
+__all__ = ["Architecture", "AttentionLayer", "Block", "MiTAAttention", "TinyTransformer", "built"]

@@ -49,6 +49,12 @@ class Architecture:
     """classify a token of its own, rather than the mean of all"""
     per_token: bool = False
     """a class for each token, rather than one an example"""
+    qkv_bias: bool = False
+    """whether the fused projection of queries, keys and values has a bias"""
+    drop_path: float = 0.0
+    """how often the last block is skipped for an example in training; the first never is, those between in proportion"""
+    library: Literal["", "timm"] = ""
+    """whose modules the model is made of: ours, or timm's"""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -56,8 +62,17 @@ class Architecture:
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields in which the JSON form of another architecture differs, each with both values."""
-        own = self.as_dict()
-        return [f"{key} = {other.get(key)!r} there, {own[key]!r} here" for key in own if other.get(key) != own[key]]
+        own, there = self.as_dict(), {**_DEFAULTS, **other}
+        return [f"{key} = {there.get(key)!r} there, {own[key]!r} here" for key in own if there.get(key) != own[key]]
+
+    @property
+    def own_params(self) -> dict[str, Any]:
+        """Parameters of the method without what a layer tells it by itself."""
+        return {k: v for k, v in self.params.items() if k not in {"causal", "prefix"}}
+
+
+_DEFAULTS = {"qkv_bias": False, "drop_path": 0.0, "library": ""}
+"""fields that older checkpoints lack"""
 
 
 class TinyTransformer(nn.Module):
@@ -80,7 +95,8 @@ class TinyTransformer(nn.Module):
         self.embed: nn.Module = nn.Embedding(a.vocabulary, a.dim) if a.vocabulary else nn.Linear(a.features, a.dim)
         self.places = nn.Parameter(torch.empty(a.tokens, a.dim)) if a.positions == "learned" else None
         self.class_token = nn.Parameter(torch.empty(1, 1, a.dim)) if a.class_token else None
-        self.blocks = nn.ModuleList(Block(a.dim, a.heads, a.method, **self._layer()) for _ in range(a.depth))
+        rates = [a.drop_path * i / max(1, a.depth - 1) for i in range(a.depth)]
+        self.blocks = nn.ModuleList(Block(a.dim, a.heads, a.method, drop_path=rate, **self._layer()) for rate in rates)
         self.norm, self.head = nn.LayerNorm(a.dim), nn.Linear(a.dim, a.classes)
         if a.per_token and a.classes == a.vocabulary:
             self.head.weight = self.embed.weight  # as language models have it: answers are tokens
@@ -89,7 +105,7 @@ class TinyTransformer(nn.Module):
     def _layer(self) -> dict[str, Any]:
         """Arguments of each attention layer. What the layer tells a method by itself is left to it."""
         a = self.architecture
-        own = {k: v for k, v in a.params.items() if k not in {"causal", "prefix"}}
+        own = a.own_params
         grid: dict[str, Any] = {"grid": a.grid} if a.grid else {}
         if "grid" in own:
             grid = {"grid": own.pop("grid")}
@@ -101,6 +117,7 @@ class TinyTransformer(nn.Module):
             "prefix": int(a.class_token),
             "causal": a.causal,
             "positions": turned if a.positions == "rotary" else "none",
+            "qkv_bias": a.qkv_bias,
         }
 
     def _initialise(self) -> None:
@@ -175,6 +192,15 @@ class TinyTransformer(nn.Module):
             x = block(x)
         out: Tensor = self.norm(x)
         return out
+
+
+def built(architecture: Architecture) -> TinyTransformer:
+    """The model of an architecture, freshly initialised. Raises `UserError` for one that makes no sense, or whose library is missing."""
+    if architecture.library == "timm":
+        from attnbench.integrations.timm_trained import TimmTransformer
+
+        return TimmTransformer(architecture)
+    return TinyTransformer(architecture)
 
 
 def waves(architecture: Architecture) -> Tensor:

@@ -5,8 +5,8 @@ Training: a crop of random area and aspect to S x S, bicubic; mirrored half of t
 S / 0.875, centre crop, normalised. Touvron et al. 2021, https://arxiv.org/abs/2012.12877; Cubuk et al. 2019,
 https://arxiv.org/abs/1909.13719; Zhong et al. 2017, https://arxiv.org/abs/1708.04896.
 
-Departures: mixup, cutmix and label smoothing are left out, since a batch has one class an example; colour jitter too, which their recipe
-replaces by RandAugment.
+Departures: no colour jitter, which timm leaves out too where RandAugment is on, and one interpolation, where timm draws bilinear or bicubic
+for the operations that move.
 """
 
 from __future__ import annotations
@@ -97,8 +97,9 @@ OPERATIONS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
     "equalize": lambda x, _s, _d: ImageOps.equalize(x),
     "invert": lambda x, _s, _d: ImageOps.invert(x),
     "rotate": lambda x, s, d: x.rotate(30 * s * d, Image.Resampling.BICUBIC, fillcolor=_GREY),
-    "posterize": lambda x, s, _d: ImageOps.posterize(x, 4 - int(3 * s)),
+    "posterize": lambda x, s, _d: ImageOps.posterize(x, max(1, 4 - int(4 * s))),
     "solarize": lambda x, s, _d: ImageOps.solarize(x, 256 - int(256 * s)),
+    "solarize_add": lambda x, s, _d: x.point([v + int(110 * s) if v < 128 else v for v in range(256)] * 3),
     "color": _enhanced(ImageEnhance.Color),
     "contrast": _enhanced(ImageEnhance.Contrast),
     "brightness": _enhanced(ImageEnhance.Brightness),

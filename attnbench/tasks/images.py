@@ -1,16 +1,22 @@
-"""Images: any folder of images in class sub-folders, as patches of 16 x 16, with DeiT's augmentation.
+"""Images: any folder of images in class sub-folders, as patches of 16 x 16, with DeiT's augmentation and mixing.
 
 `PATH/train/CLASS/*` and `PATH/val/CLASS/*`, as ImageNet lies: `val` is the test split and every 50th image of `train`, by the hash of its
 name, is held out for validation. `PATH/CLASS/*`: by the hash of its name, an image is in the test split (1 in 10), in validation (1 in 10)
 or in training. N patches make images of 16 sqrt(N) pixels a side: N = 196 is 224 x 224, N = 576 384 x 384, N = 1024 512 x 512.
 
-Files are decoded when they are read. What cannot be decoded is skipped, the next image of the order stands in for it, and
-`Folder.skipped` names it. Touvron et al. 2021, https://arxiv.org/abs/2012.12877; for departures see `_augment.py`.
+Training goes through the images in a new random order every epoch, each three times in a row and each time augmented anew; so three epochs
+of a batch count see a third of them each (Hoffer et al. 2020, https://arxiv.org/abs/1901.09335). Then a batch is mixed: see `_mix.py`.
+
+Files are decoded when they are read, by as many threads as there are cores: Pillow lets others run while it decodes and scales. What cannot
+be decoded is skipped, the next image of the order stands in for it, and `Folder.skipped` names it. Touvron et al. 2021,
+https://arxiv.org/abs/2012.12877; for departures see `_augment.py`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -21,6 +27,7 @@ import torch
 
 from attnbench.errors import UserError
 from attnbench.tasks._draw import generator
+from attnbench.tasks._mix import mixed
 from attnbench.tasks.trained import Batch, TrainedTask, square
 
 if TYPE_CHECKING:
@@ -32,11 +39,14 @@ if TYPE_CHECKING:
 
 PATCH = 16
 """pixels of a patch, a side"""
-DEIT_TINY = {"dim": 192, "heads": 3, "depth": 12, "class_token": True, "positions": "learned"}
-"""Geometry of DeiT-Tiny, as arguments of `attnbench.nn.Architecture`; 224 x 224 pixels are N = 196."""
+DEIT_TINY = {"dim": 192, "heads": 3, "depth": 12, "class_token": True, "positions": "learned", "qkv_bias": True}
+"""Geometry of DeiT-Tiny, as arguments of `attnbench.nn.Architecture`; 224 x 224 pixels are N = 196. DeiT-S is twice as wide."""
+REPEATS = 3
+"""times that an image of the training order comes in a row"""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _TEST_FOLDERS = "val", "validation", "test"
 _HELD_OUT, _TENTHS = 50, 10
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -66,22 +76,34 @@ class Folder:
             batch=self.batch,
             examples=count["train"],
             held_out=min(count["validation"], count["test"]),
+            tested=count["test"],
+            notes=self._notes,
         )
 
+    def _notes(self) -> list[str]:
+        bad = self.skipped
+        return [f"skipped {len(bad)} images that cannot be decoded: {', '.join(bad[:_NAMED])}" + ", ..." * (len(bad) > _NAMED)] if bad else []
+
     def batch(self, split: Split, index: int, size: int, n: int, seed: int) -> Batch:
-        """Patches `[B, N, 3 x 16 x 16]`, each channel by channel and row by row. Raises `UserError` where no image can be decoded."""
+        """Patches `[B, N, 3 x 16 x 16]`, each channel by channel and row by row; for training mixed, with shares of the classes.
+
+        Raises `UserError` where no image can be decoded.
+        """
         side = square(n)[0] * PATCH
-        read = [self._example(split, number, side, seed) for number in range(index * size, (index + 1) * size)]
-        classes = torch.tensor([label for _, label in read])
-        inputs = torch.stack([patches(torch.from_numpy(image)) for image, _ in read])
-        return Batch(inputs, classes, torch.ones(size, n, dtype=torch.bool), classes)
+        numbers = range(index * size, (index + 1) * size)
+        read = list(_pool(os.getpid()).map(lambda number: self._example(split, number, side, seed), numbers))
+        classes = targets = torch.tensor([label for _, label in read])
+        whole = torch.stack([torch.from_numpy(image) for image, _ in read])
+        if split == "train":
+            whole, targets = mixed(whole, classes, len(self.classes), generator("images/mix", split, seed, index, size))
+        return Batch(patches(whole), targets, torch.ones(size, n, dtype=torch.bool), classes)
 
     def _example(self, split: Split, number: int, side: int, seed: int) -> tuple[np.ndarray, int]:
         """Image `[3, S, S]` and class at a place of the endless order: shuffled anew every epoch for training, else as it is."""
         from attnbench.tasks import _augment
 
         files, marks = self.files[split], self.unreadable[split]
-        epoch, place = divmod(number, len(files))
+        epoch, place = divmod(number // REPEATS if split == "train" else number, len(files))
         order = _shuffled(len(files), seed, epoch) if split == "train" else np.arange(len(files))
         for at in (int(order[(place + step) % len(files)]) for step in range(len(files))):
             image = decoded(self.path / files[at][0])
@@ -114,8 +136,15 @@ def open_folder(path: str | Path) -> Folder:
 
 
 def patches(image: torch.Tensor) -> torch.Tensor:
-    """`[C, S, S]` -> `[N, C x P x P]`, patches row by row, in the order of the weights of a convolution."""
-    return image.unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH).permute(1, 2, 0, 3, 4).reshape(-1, len(image) * PATCH**2)
+    """`[.., C, S, S]` -> `[.., N, C x P x P]`, patches row by row, in the order of the weights of a convolution."""
+    cut = image.unfold(-2, PATCH, PATCH).unfold(-2, PATCH, PATCH)  # [.., C, rows, columns, P, P]
+    return cut.movedim(-5, -3).flatten(-3).flatten(-3, -2)
+
+
+@lru_cache(maxsize=1)
+def _pool(_process: int) -> ThreadPoolExecutor:
+    """Threads that read images; of this process, since those of its parent are not."""
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="images")
 
 
 @lru_cache(maxsize=4)
@@ -133,7 +162,8 @@ def _classes(path: Path) -> tuple[str, ...]:
 
 def below(path: Path) -> Iterable[Path]:
     """Files below a folder that are images by their names, in order; none where it does not exist."""
-    return sorted(x for x in path.rglob("*") if x.suffix.lower() in SUFFIXES) if path.is_dir() else ()
+    found = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+    return sorted(x for x in found if x.suffix.lower() in SUFFIXES)
 
 
 def _split(name: str, given: bool) -> Split:
@@ -171,7 +201,7 @@ TASK = TrainedTask(
     grid=square,
     chance=1 / 1000,
     lengths=(196, 576, 1024),
-    source="Touvron et al. 2021, DeiT, https://arxiv.org/abs/2012.12877; without mixup, cutmix and label smoothing",
+    source="Touvron et al. 2021, DeiT, https://arxiv.org/abs/2012.12877; without colour jitter",
     batch=_no_folder,
     group="class",
 )
