@@ -1,4 +1,4 @@
-"""The joined table of trained accuracy: what each method reached on each task, and what it costs at the same length and parameters."""
+"""Trained accuracy as tables: what each method reached on each task, and what it costs at the same length and parameters."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from attnbench import series, stats
+from attnbench import joining, series
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Sequence
 
-    import pandas as pd
-
-TASK = "accuracy"
+TASK = joining.TRAINED
 NONE = "\N{EN DASH}"
 """A cell for which there is no record."""
-_TOLD = ("causal", "grid")
-"""parameters that follow from the task asked"""
 _SETTINGS = ("steps", "depth", "rates", "positions", "batch")
-_COSTS = {"time_s": (1e3, "ms"), "peak_bytes": (2**-20, "MiB"), "rel_error": (1.0, "error")}
+_COSTS = {"time_s": (1e3, "ms"), "peak_bytes": (2**-20, "MiB")}
 """column of a measured row -> factor and unit in which it is shown"""
 
 
@@ -33,101 +30,184 @@ class Cell:
     """accuracy of each seed that was trained"""
     failed: tuple[str, ...]
     """status of each seed that was not"""
+    wanted: int = 0
+    """seeds of the method that was trained with most; fewer here are still to come"""
 
     def __str__(self) -> str:
+        count = len(self.values) + len(self.failed)
         if self.failed or not self.values:
-            return self.failed[0] if self.failed else ""
+            part = f" in {len(self.failed)} of {count}" if self.values else ""
+            return f"{self.failed[0]}{part}" if self.failed else ""
         spread = f" ± {np.std(self.values, ddof=1):.3f}" if len(self.values) > 1 else ""
-        return f"{np.mean(self.values):.3f}{spread}"
+        return f"{np.mean(self.values):.3f}{spread}" + (f" ({count} of {self.wanted} seeds)" if count < self.wanted else "")
 
 
-def asked(table: pd.DataFrame) -> pd.DataFrame:
+def asked(table: pd.DataFrame, *, swapped: bool = False) -> pd.DataFrame:
     """Rows that train, with the columns `panel` (what was asked, such as `mqar, causal`) and `series` (what a method is called).
 
-    Series are named by parameters that the task does not set, and by numbers only where words do not suffice.
+    With `swapped` those that test a method in a model that was trained with another, else those tested as they were trained. `own` are
+    parameters that the task does not set. Series are named by words; where these do not suffice by the budget that set the numbers, and
+    only else by numbers.
     """
-    rows = table[table["task"] == TASK]
+    rows = table[table["task"] == TASK] if len(table) else table
     if rows.empty:
-        return rows.assign(panel="", series="")
-    params = [json.loads(p) for p in rows["params"]]
-    swapped = rows["trained_with"].fillna("") if "trained_with" in rows else [""] * len(rows)
-    panels = [
-        data + (", causal" if p.get("causal") else "") + (f", trained with {other}" if other else "")
-        for data, p, other in zip(rows["data"], params, swapped, strict=True)
-    ]
-    rows = _parted(rows.assign(panel=panels, own=[_own(p) for p in params]))
+        return rows.assign(panel="", series="", own="")
+    other = rows["trained_with"].fillna("") if "trained_with" in rows else rows["task"].map(lambda _: "")
+    rows = rows.assign(trained_with=other)[(other != "") == swapped]
+    if rows.empty:
+        return rows.assign(panel="", series="", own="")
+    causal = [", causal" if joining.is_causal(p) else "" for p in rows["params"]]
+    origin = [f", trained with {other}" if other else "" for other in rows["trained_with"]]
+    panels = [a + b + c for a, b, c in zip(rows["data"], causal, origin, strict=True)]
+    rows = _parted(rows.assign(panel=panels, own=[json.dumps(joining.own(p), sort_keys=True) for p in rows["params"]]))
     return rows.assign(series=series.labels(rows.assign(params=_telling(rows))))
 
 
 def _parted(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, panels split by settings of training that differ within them: nothing is averaged over these."""
+    """The rows, panels split by settings of training that differ at one of their lengths: nothing is averaged over these."""
     for column in (c for c in _SETTINGS if c in rows):
-        values = rows[column].fillna("default").astype(str)
-        several = values.groupby(rows["panel"]).transform("nunique") > 1
+        values = rows[column].map(lambda v: f"{v:g}" if isinstance(v, int | float) and v == v else str(v))  # noqa: PLR0124 (NaN)
+        within = values.groupby([rows["panel"], rows["n"]]).transform("nunique") > 1
+        several = within.groupby(rows["panel"]).transform("any")
         rows = rows.assign(panel=rows["panel"].where(~several, rows["panel"] + f", {column}=" + values))
     return rows
 
 
 def _telling(rows: pd.DataFrame) -> pd.Series[str]:
-    """Parameters by which rows are told apart: where words suffice, without numbers, which a budget sets anew for each task and length."""
-    words = rows["own"].map(lambda text: json.dumps({k: v for k, v in json.loads(text).items() if isinstance(v, bool | str)}))
-    short: set[str] = set()
-    for _, part in rows.groupby(["label", "panel", "n"], sort=True):
-        if words[part.index].nunique() < part["own"].nunique():
-            short.add(str(part["label"].iloc[0]))
-    return words.where(~rows["label"].isin(sorted(short)), rows["own"])
+    """Parameters by which rows of one label are told apart, as JSON, the fewest that suffice everywhere."""
+    words = pd.Series([_words(str(m), json.loads(own)) for m, own in zip(rows["method"], rows["own"], strict=True)], rows.index)
+    budgets = [b[0] if isinstance(b, list | tuple) and b else 0 for b in rows["budget"]] if "budget" in rows else [0] * len(rows)
+    told = [json.dumps(json.loads(w) | {"budget": b}) if b else o for w, b, o in zip(words, budgets, rows["own"], strict=True)]
+    by_budget = pd.Series(told, rows.index)
+    found = rows["own"].copy()
+    for _, part in rows.groupby("label", sort=True):
+        for short in (words, by_budget):
+            if _suffices(short, part):
+                found[part.index] = short[part.index]
+                break
+    return found
+
+
+def _words(name: str, params: dict[str, Any]) -> str:
+    """Parameters that are no numbers and not at their defaults, as JSON."""
+    method = series.method_of(name)
+    usual = method.params().as_dict() if method else {}
+    return json.dumps({k: v for k, v in params.items() if isinstance(v, bool | str) and v != usual.get(k)})
+
+
+def _suffices(told: pd.Series[str], rows: pd.DataFrame) -> bool:
+    return all(told[part.index].nunique() == part["own"].nunique() for _, part in rows.groupby(["panel", "n"], sort=True))
 
 
 def cells(rows: pd.DataFrame) -> dict[tuple[str, str, int], Cell]:
     """(series, panel, N) -> accuracy over seeds, of rows that `asked` has named."""
+    most = rows.groupby(["panel", "n"])["seed"].transform("nunique")
     found = {}
-    for _, part in rows.groupby(["series", "panel", "n"], sort=True):
+    for _, part in rows.assign(_most=most).groupby(["series", "panel", "n"], sort=True):
         name, panel, n = (part[key].iloc[0] for key in ("series", "panel", "n"))
-        good = part[part["status"] == "ok"]
-        found[str(name), str(panel), int(n)] = Cell(tuple(good["accuracy"]), tuple(part.loc[part["status"] != "ok", "status"]))
+        good = part["status"] == "ok"
+        found[str(name), str(panel), int(n)] = Cell(
+            tuple(part.loc[good, "accuracy"]) if good.any() else (), tuple(part.loc[~good, "status"]), int(part["_most"].iloc[0])
+        )
     return found
 
 
-def costs(table: pd.DataFrame, rows: pd.DataFrame, n: int) -> dict[str, str]:
-    """What the method of `rows` costs at N on the same device, by unit: the median over forward records of equal method and parameters.
+@dataclass(frozen=True)
+class Lines:
+    """A table of text, a row for each method and length."""
 
-    Parameters that the task sets are not compared. Where tasks had it run with different numbers, their costs stand beside each other.
-    Units for which there is no record are absent.
-    """
-    known = table["method"].eq(rows["method"].iloc[0]) & table["n"].eq(n) & table["task"].ne(TASK)
-    near = table[known & table["status"].eq("ok") & table["mode"].eq("forward")]
-    own = near["params"].map(lambda text: _own(json.loads(text)))
-    found: dict[str, str] = {}
-    for column, (factor, unit) in _COSTS.items():
-        each = [near.loc[own == one, column].dropna().tolist() for one in sorted(rows["own"].unique())] if column in near else []
-        if texts := dict.fromkeys(f"{factor * stats.median(values):.3g}" for values in each if values):
-            found[unit] = " / ".join(texts)
-    return found
+    header: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    methods: tuple[str, ...] = ()
+    """the method of each row"""
+    notes: tuple[str, ...] = ()
+    """where the numbers beside the accuracy come from"""
 
 
-def lines(table: pd.DataFrame) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Header and rows of text: a row for each method and length, a column for each task, then its costs."""
+def lines(table: pd.DataFrame, others: pd.DataFrame) -> Lines:
+    """A column for each task, then what the method costs and its distance from softmax attention, from records of `others`."""
     rows = asked(table)
     if rows.empty:
-        return (), []
-    panels, reached = sorted(rows["panel"].unique(), key=series.natural), cells(rows)
-    found = []
-    for (name, n), part in _ordered(rows):
-        cost = costs(table, part, n)
-        own = [str(reached.get((name, panel, n), "")) or NONE for panel in panels]
-        found.append((name, str(series.family(str(part["method"].iloc[0])) or "unknown"), str(n), *own,
-                      *(cost.get(unit, NONE) for _, unit in _COSTS.values())))  # fmt: skip
-    return ("method", "family", "N", *panels, *(unit for _, unit in _COSTS.values())), found
-
-
-def _ordered(rows: pd.DataFrame) -> Iterable[tuple[tuple[str, int], pd.DataFrame]]:
-    """(series, N) and its rows, shortest first, then in the taxonomy's order."""
-    parts: list[tuple[tuple[str, int], Any]] = [
-        ((str(part["series"].iloc[0]), int(part["n"].iloc[0])), part) for _, part in rows.groupby(["series", "n"], sort=True)
+        return Lines()
+    lengths, panels = sorted({int(n) for n in rows["n"]}), sorted(rows["panel"].unique(), key=series.natural)
+    plain = {n: _plain(rows[rows["n"] == n]) for n in lengths}
+    costs = {n: joining.costs(others, plain[n], n) for n in lengths}
+    far = {n: joining.distances(others, plain[n], n) for n in lengths}
+    profiles = series.panel_order({p for s in far.values() if s for p in s.rows.loc[s.rows["status"] == "ok", "profile"]})
+    reached, found, methods = cells(rows), [], []
+    for name, n, part in _ordered(rows):
+        wanted = _plain(part)[["method", "label", "params"]].drop_duplicates("params")
+        accuracy = [str(reached.get((name, panel, n), "")) or NONE for panel in panels]
+        found.append((*_head(name, part), str(n), *accuracy, *_cost(costs[n], wanted), *_far(far[n], wanted, profiles)))
+        methods.append(str(part["method"].iloc[0]))
+    header = ("method", "family", "N", *panels, *(u for _, u in _COSTS.values()), "costs of", *(f"error, {p}" for p in profiles))
+    told = [
+        joining.told(what, ((f"N={n}", str(s), s.apart) for n, s in by_n.items() if s))
+        for what, by_n in (("Time and memory", costs), ("Error", far))
     ]
-    return sorted(parts, key=lambda x: (x[0][1], series.family_rank(series.family(str(x[1]["method"].iloc[0]))), series.natural(x[0][0])))
+    return Lines(header, tuple(found), tuple(methods), tuple(sentence for part in told for sentence in part))
 
 
-def _own(params: dict[str, Any]) -> str:
-    """Parameters that the task does not set, as JSON."""
-    return json.dumps({k: v for k, v in params.items() if k not in _TOLD}, sort_keys=True)
+def swapped(table: pd.DataFrame) -> Lines:
+    """What is left of the accuracy of trained models when a method takes the place of theirs, and what it was before."""
+    rows = asked(table, swapped=True)
+    if rows.empty:
+        return Lines()
+    panels, reached = sorted(rows["panel"].unique(), key=series.natural), cells(rows)
+    parts = _ordered(rows)
+    found = [(*_head(name, p), str(n), *(str(reached.get((name, panel, n), "")) or NONE for panel in panels)) for name, n, p in parts]
+    return Lines(("method", "family", "N", *panels), tuple(found), tuple(str(p["method"].iloc[0]) for *_, p in parts), (_before(rows),))
+
+
+def _before(rows: pd.DataFrame) -> str:
+    good = rows[rows["status"] == "ok"].drop_duplicates(["panel", "n", "seed"])
+    told = [
+        f"{part['panel'].iloc[0]}, N={part['n'].iloc[0]}: {Cell(tuple(part['accuracy_before']), ())}"
+        for _, part in good.groupby(["panel", "n"], sort=True)
+    ]
+    return f"Before the swap: {'; '.join(told)}."
+
+
+def _plain(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the bidirectional form where there are any: their costs are shown."""
+    causal = rows["params"].map(joining.is_causal)
+    return rows if causal.all() else rows[~causal]
+
+
+def _head(name: str, part: pd.DataFrame) -> tuple[str, str]:
+    return name, str(series.family(str(part["method"].iloc[0])) or "unknown")
+
+
+def _found(source: joining.Source | None, wanted: pd.DataFrame) -> list[joining.Found]:
+    pairs = wanted.itertuples(index=False, name=None) if source else ()
+    return [f for pair in pairs if source and (f := source.find(*pair))]
+
+
+def _cost(source: joining.Source | None, wanted: pd.DataFrame) -> tuple[str, ...]:
+    """Time, memory, and whose they are; of several sets of numbers, one after another."""
+    found = _found(source, wanted)
+    if not found:
+        return (*(NONE for _ in _COSTS), NONE)
+    texts = [
+        " / ".join(dict.fromkeys(f.status if f.status != "ok" else _number(factor * f.median(column)) for f in found))
+        for column, (factor, _) in _COSTS.items()
+    ]
+    return (*texts, " / ".join(dict.fromkeys(f.differs or "the same" for f in found)))
+
+
+def _far(source: joining.Source | None, wanted: pd.DataFrame, profiles: Sequence[str]) -> tuple[str, ...]:
+    """Errors of equal parameters alone: a distance at others says nothing."""
+    found = [f.by_profile("rel_error") for f in _found(source, wanted) if not f.differs]
+    return tuple(" / ".join(dict.fromkeys(_number(f[p], 2) for f in found if p in f)) or NONE for p in profiles)
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return NONE if np.isnan(value) else f"{value:.{digits}g}"
+
+
+def _ordered(rows: pd.DataFrame) -> list[tuple[str, int, pd.DataFrame]]:
+    """Series, N and its rows, shortest first, then in the taxonomy's order."""
+    parts: list[tuple[str, int, Any]] = [
+        (str(part["series"].iloc[0]), int(part["n"].iloc[0]), part) for _, part in rows.groupby(["series", "n"], sort=True)
+    ]
+    return sorted(parts, key=lambda x: (x[1], series.family_rank(series.family(str(x[2]["method"].iloc[0]))), series.natural(x[0])))

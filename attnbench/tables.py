@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from attnbench import compare, earned, frame, references, series, stats
+from attnbench import compare, earned, frame, joining, references, series, stats
 from attnbench.stats import Verdict
 from attnbench.suite import CHOICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+
+    import pandas as pd
 
 
 NONE, TIMES, ABOUT = "\N{EN DASH}", "\N{MULTIPLICATION SIGN}", "\N{ALMOST EQUAL TO}"
@@ -32,6 +32,8 @@ class Table:
     """sentences below the caption"""
     best: frozenset[tuple[int, int]] = frozenset()
     """(row, column) of the fastest at a length, where every other is separably slower"""
+    methods: tuple[str, ...] = ()
+    """the method of each row, where the table is of trained models"""
 
     def markdown(self) -> str:
         """A pipe table, the caption below it."""
@@ -84,7 +86,8 @@ def report(table: pd.DataFrame, lengths: Sequence[int] | None = None) -> list[Ta
             found += [_speed(group, mode, accuracy, lengths) for mode in modes]
         found += [_fidelity(group, lengths) for group in series.groups(accuracy)]
         found += [_health(group, lengths) for group in series.groups(part[part["task"] == "health"])]
-        found += [_earned(group, part, lengths) for group in series.groups(part[part["task"] == earned.TASK])]
+        for group in series.groups(part[part["task"] == earned.TASK]):
+            found += _earned(group, rows, lengths)
     return [t for t in found if len(t.header) > 2]
 
 
@@ -117,7 +120,7 @@ def _speed(group: series.Group, mode: str, accuracy: pd.DataFrame, lengths: Sequ
     base = {n: _best_dense(rows[rows["n"] == n]) for n in columns}
     measured = rows[(rows["status"] == "ok") & rows["n"].isin(columns)]
     top = int(measured["n"].max()) if len(measured) else 0
-    accuracy = _closest(accuracy, group.rows)
+    accuracy = joining.closest(accuracy, group.rows)
     errors, at = _errors(accuracy)
     header = [f"N={n} (ms)" for n in columns] + ([f"peak memory, N={top} (MiB)"] if top else [])
     first = {n: (compare.fastest(_dicts(rows[rows["n"] == n]), again) or {}).get("case_id") for n in columns}
@@ -207,13 +210,6 @@ def _errors(accuracy: pd.DataFrame) -> tuple[dict[str, dict[tuple[str, str], flo
     return {p: {key: stats.median(values) for key, values in found[p].items()} for p in series.panel_order(found)}, at
 
 
-def _closest(accuracy: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
-    """The fidelity group that shares most conditions with the speed rows: groups are never pooled."""
-    groups = list(series.groups(accuracy)) if len(accuracy) else []
-    shared = [sum(g.rows[c].iloc[0] == rows[c].iloc[0] for c in series.CONDITIONS) for g in groups]
-    return groups[shared.index(max(shared))].rows if groups else accuracy
-
-
 def _error(part: pd.DataFrame, errors: dict[str, dict[tuple[str, str], float]], profile: str) -> str:
     value = errors[profile].get((str(part["method"].iloc[0]), str(part["params"].iloc[0])))
     return NONE if value is None else f"{value:.2g}"
@@ -243,18 +239,32 @@ def _distance(cell: pd.DataFrame) -> str:
     return f"{text} [{stats.median(mass):.0%}]" if mass else text
 
 
-def _earned(group: series.Group, device: pd.DataFrame, lengths: Sequence[int] | None) -> Table:
-    """Trained accuracy beside what the methods cost, from all rows of the device."""
+def _earned(group: series.Group, others: pd.DataFrame, lengths: Sequence[int] | None) -> list[Table]:
+    """Trained accuracy beside what the methods cost, joined from all records; and models in which another method took its place."""
     rows = group.rows[group.rows["n"].isin(_wanted(group.rows, lengths))]
-    header, lines = earned.lines(pd.concat([rows, device[device["task"] != earned.TASK]]))
-    seeds, steps = sorted(rows["seed"].unique().tolist()), sorted({int(x) for x in rows["steps"]})
-    caption = (
-        f"{series.describe(rows)}. {series.settings(rows)}Test accuracy of small transformers, mean and standard deviation over seeds "
-        f"{', '.join(map(str, seeds))}, at most {'/'.join(map(str, steps))} steps, the best of the same learning rates; "
-        "then time of a forward call, peak memory beside the inputs and relative error against softmax attention, where they were measured "
-        "with these parameters at this length."
+    own, swapped = earned.lines(rows, others), earned.swapped(rows)
+    stem = f"{group.suite}-{group.place}"
+    costs = (
+        "Then what a forward call takes, memory beside the inputs, and relative error against softmax attention, as measured elsewhere: "
+        "with the same parameters where `costs of` says so, else with those it names, the nearest that were measured."
     )
-    return Table(f"{group.suite}-{group.place}-accuracy", caption, header, tuple(lines))
+    swap = "The method stands in a model that was trained with another, without any more training."
+    made = []
+    for name, found, words in (("accuracy", own, costs), ("swapped", swapped, swap)):
+        if found.rows:
+            caption = f"{_trained(rows, swapped=name == 'swapped')} {words}"
+            made.append(Table(f"{stem}-{name}", caption, found.header, found.rows, found.notes, methods=found.methods))
+    return made
+
+
+def _trained(rows: pd.DataFrame, *, swapped: bool) -> str:
+    """How the models of a table were trained."""
+    rows = rows[(rows["trained_with"].fillna("") != "") == swapped] if "trained_with" in rows else rows
+    seeds, steps = sorted(rows["seed"].unique().tolist()), sorted({int(x) for x in rows["steps"]})
+    return (
+        f"{series.describe(rows)}. {series.settings(rows)}Test accuracy of small transformers, mean and standard deviation over seeds "
+        f"{', '.join(map(str, seeds))}, at most {'/'.join(map(str, steps))} steps, the best of the same learning rates."
+    )
 
 
 _HEALTH = {

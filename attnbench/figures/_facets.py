@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from attnbench import frame, metrics, references, series, stats
-from attnbench.figures import _panel
-from attnbench.figures._style import LETTERS, WIDTHS, WORDS, paper, variants, wrapped
+from attnbench.figures._multiples import baseline, draw, failures
+from attnbench.figures._style import paper
 from attnbench.metrics import METRICS
-from attnbench.taxonomy import Family
 
-CROWDED = 8
-"""More series than this are split into a row of panels for each family."""
-
-BASELINE = "best dense"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -53,7 +47,7 @@ class Facets:
         points = self._points(rows)
         if not any(p["status"] == "ok" for p in points):
             return pd.DataFrame()
-        return pd.DataFrame([*points, *self._baseline(points), *self._cited(rows)])
+        return pd.DataFrame([*points, *baseline(points, self.metric), *self._cited(rows)])
 
     def _cited(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         metric = METRICS[self.metric]
@@ -103,16 +97,6 @@ class Facets:
         ends = [metric.at(rows, pd.Series([np.quantile(s, q) for s in samples], rows.index)) for q in (0.25, 0.75)]
         return {"_value": value, "_low": pd.concat(ends, axis=1).min(axis=1), "_high": pd.concat(ends, axis=1).max(axis=1)}
 
-    def _baseline(self, points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        best: dict[tuple[str, int], dict[str, Any]] = {}
-        for p in points:
-            if p["kind"] == "series" and p["status"] == "ok" and series.exact(p["method"]):
-                key = (p["panel"], p["n"])
-                if key not in best or metrics.better(self.metric, p["value"], best[key]["value"]):
-                    best[key] = p
-        crowded = len({p["series"] for p in points if p["kind"] == "series"}) > CROWDED
-        return [{**p, "kind": "baseline", "series": BASELINE, "floor": np.nan} for p in best.values()] if crowded else []
-
     def build(self, table: pd.DataFrame, columns: int = 2) -> Figure | None:
         """The figure, as wide as `columns` columns of a page; None where the table has nothing for it.
 
@@ -125,27 +109,7 @@ class Facets:
         if len(list(series.groups(rows))) > 1:
             raise ValueError("the table mixes devices, suites or conditions: split it with attnbench.series.groups")
         with paper():
-            return self._draw(drawn, rows, columns)
-
-    def _draw(self, drawn: pd.DataFrame, rows: pd.DataFrame, columns: int) -> Figure:
-        blocks = _blocks(drawn)
-        panels = series.panel_order(drawn["panel"].unique())
-        width, metric = WIDTHS[columns], METRICS[self.metric]
-        across = min(len(panels), 4 if columns == 2 else 2)
-        bands = [_panel.Band(title, block, panels[i : i + across]) for title, block in blocks for i in range(0, len(panels), across)]
-        sizes = [size for band in bands for size in band.heights(width, tall=len(blocks) == 1)]
-        caption = wrapped(self._caption(drawn, rows), width)
-        height = sum(sizes) + 0.05 * len(sizes) + 0.42 + 0.115 * (caption.count("\n") + 1)
-        figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.015, hspace=0.0, wspace=0.02))
-        grid = GridSpec(len(sizes), across, figure=figure, height_ratios=sizes)
-        points = [{str(k): v for k, v in row.items()} for row in drawn.to_dict("records")]
-        canvas = _panel.Canvas(figure, grid, sorted(drawn["n"].unique()), variants(points), width / across - 0.35)
-        for i, band in enumerate(bands):
-            canvas.draw(band, i, last=i == len(bands) - 1)
-        _panel.fit(canvas.main, drawn[drawn["kind"] != "exact"], metric)
-        figure.supylabel(metric.axis, fontsize=7)
-        figure.supxlabel(caption, fontsize=5.5, color="#444444", x=0.01, ha="left", linespacing=1.25)
-        return figure
+            return draw(drawn, self._caption(drawn, rows), METRICS[self.metric], columns)
 
     def _caption(self, drawn: pd.DataFrame, rows: pd.DataFrame) -> str:
         metric = METRICS[self.metric]
@@ -167,22 +131,10 @@ class Facets:
         exact = drawn[(drawn["kind"] == "exact") & (drawn["status"] == "ok")]
         if len(exact):
             parts.append(f"Not drawn: exact methods ({', '.join(sorted(exact['series'].unique()))}), at {_span(exact['value'])}.")
-        failed = [s for s in LETTERS if s in set(drawn.loc[drawn["kind"] == "series", "status"])]
-        if failed:
-            parts.append("Above the axes: " + ", ".join(f"{LETTERS[s]} {WORDS[s]}" for s in failed) + ".")
-        return " ".join(parts)
+        parts.append(failures(drawn[drawn["kind"] == "series"]))
+        return " ".join(part for part in parts if part)
 
 
 def _span(values: pd.Series[float]) -> str:
     low, high = float(values.min()), float(values.max())
     return f"{low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"{low:.2g} to {high:.2g}"
-
-
-def _blocks(drawn: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
-    """Rows of panels: all series in one where they are few, else one for each family, in the taxonomy's order."""
-    own, grey = drawn[drawn["kind"].isin(["series", "cited"])], drawn[drawn["kind"] == "baseline"]
-    if drawn.loc[drawn["kind"] == "series", "series"].nunique() <= CROWDED:
-        return [("", own)]
-    order = [*(str(f) for f in Family), "other"]
-    found = [(f, own[own["family"] == f]) for f in order if (own["family"] == f).any()]
-    return [(f, block if f == Family.DENSE else pd.concat([block, grey])) for f, block in found]

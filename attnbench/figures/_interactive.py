@@ -13,8 +13,8 @@ import numpy as np
 
 from attnbench import figures, series
 from attnbench.errors import UserError
-from attnbench.figures._facets import BASELINE as BEST
 from attnbench.figures._facets import Facets
+from attnbench.figures._multiples import BASELINE as BEST
 from attnbench.figures._stages import GAPS, colour
 from attnbench.figures._style import BASELINE, COLOURS, MARKERS, WORDS, length, marker
 from attnbench.metrics import METRICS

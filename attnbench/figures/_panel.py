@@ -62,6 +62,17 @@ class Band:
         return [_LINE_IN * lines + 0.04, max(_EMPTY_IN, _STRIP_IN * len(self.failed)), full]
 
 
+@dataclass(frozen=True)
+class Across:
+    """The numbers along which all panels of a figure run, in the column `n` of what is drawn."""
+
+    label: str = "sequence length N"
+    powers: bool = True
+    """whether they stand on a logarithmic axis, a tick each"""
+    curves: bool = False
+    """whether lines have so many points that few of these are marked, and their range is a band"""
+
+
 @dataclass
 class Canvas:
     """A figure being drawn, and what all its panels share."""
@@ -72,6 +83,9 @@ class Canvas:
     variants: Mapping[str, int]
     room_in: float
     """width of one panel"""
+    across: Across = Across()
+    levels: Mapping[str, float] = field(default_factory=dict)
+    """panel -> a value to be marked by a dotted line"""
     main: list[Axes] = field(default_factory=list)
 
     def style(self, row: Mapping[Any, Any]) -> dict[str, Any]:
@@ -93,14 +107,23 @@ class Canvas:
             part = band.block[band.block["panel"] == panel]
             for name in names(part):
                 self._line(axes, part[part["series"] == name].sort_values("n"))
-            length_axis(axes, self.lengths, self.room_in)
+            self._along(axes)
+            if panel in self.levels:
+                axes.axhline(self.levels[panel], color="#888888", linewidth=0.7, linestyle=":", zorder=1)
             axes.tick_params(labelleft=column == 0, labelbottom=last)
-            axes.set_xlabel("sequence length N" if last else "")
+            axes.set_xlabel(self.across.label if last else "")
             strip = self.figure.add_subplot(self.grid[3 * number + 1, column], sharex=axes)
             self._strip(strip, part, band.failed, first=column == 0)
             if number == 0 or not band.title:
                 strip.set_title(panel, pad=3, fontweight="bold")
             self.main.append(axes)
+
+    def _along(self, axes: Axes) -> None:
+        if self.across.powers:
+            length_axis(axes, self.lengths, self.room_in)
+        elif not self.across.curves:  # a tick each
+            axes.set_xticks(self.lengths[:: -(-len(self.lengths) // 8)])
+            axes.set_xlim(min(self.lengths) - 0.3, max(self.lengths) + 0.3)
 
     def _style_of(self, block: pd.DataFrame, name: str) -> dict[str, Any]:
         return self.style(block[block["series"] == name].iloc[0].to_dict())
@@ -108,12 +131,18 @@ class Canvas:
     def _line(self, axes: Axes, rows: pd.DataFrame) -> None:
         """A series, broken where a length failed: nothing is drawn through a cell that has no value."""
         style = self.style(rows.iloc[0].to_dict())
+        if self.across.curves and "marker" in style:
+            every = max(1, len(rows) // 4)
+            style |= {"markevery": (len(axes.get_lines()) * 2 % every, every), "markersize": 0.8 * style["markersize"]}
         good = rows["status"] == "ok"
         for _, run in rows[good].groupby((~good).cumsum()[good]):
             axes.plot(run["n"], run["value"], **style)
         if rows["kind"].iloc[0] == "baseline" or not good.any():
             return
         rows = rows[good]
+        if self.across.curves:
+            axes.fill_between(rows["n"], rows["low"], rows["high"], color=style["color"], alpha=0.18, linewidth=0)
+            return
         axes.vlines(rows["n"], rows["low"], rows["high"], color=style["color"], linewidth=1.6, alpha=0.6)
         if rows["floor"].notna().all():
             wide = 1 + rows["floor"]

@@ -5,35 +5,51 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from attnbench import earned, frame, series
-from attnbench.figures._style import WIDTHS, length_axis, look, paper, variants, wrapped
+from attnbench.figures._multiples import baseline, draw, failures
+from attnbench.figures._style import paper
+from attnbench.metrics import METRICS
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 NAME = "accuracy"
 
 
 def data(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a series, panel and N: `value`, `low`, `high` over `seeds`, or the `status` of a seed that failed; `chance` of a guess."""
+    """One row a series, panel and N, as `point` gives it, and the `chance` of a guess; empty where no seed of any was trained."""
     if table.empty or earned.TASK not in set(table["task"]):
         return pd.DataFrame()
     rows = earned.asked(frame.current(table))
-    found = []
-    for _, part in rows.groupby(["panel", "series", "n"], sort=True):
-        first, good = part.iloc[0], part[part["status"] == "ok"]
-        failed = part.loc[part["status"] != "ok", "status"].tolist()
-        values = [] if failed else good["accuracy"].tolist()
-        found.append({
-            "panel": first["panel"], "series": first["series"], "label": first["label"], "method": first["method"], "params": first["own"],
-            "n": int(first["n"]), "value": sum(values) / len(values) if values else float("nan"),
-            "low": min(values, default=float("nan")), "high": max(values, default=float("nan")), "seeds": len(part),
-            "status": failed[0] if failed else "ok", "chance": good["training"].iloc[0].chance if len(good) else float("nan"),
-        })  # fmt: skip
-    drawn = pd.DataFrame(found)
-    return drawn if (drawn["status"] == "ok").any() else pd.DataFrame()
+    points = [
+        {**point(part, "accuracy"), "chance": chance(part)} for _, part in rows.groupby(["panel", "series", "n"], sort=True) if len(part)
+    ]
+    if not any(p["status"] == "ok" for p in points):
+        return pd.DataFrame()
+    return pd.DataFrame([*points, *baseline(points, "accuracy")])
+
+
+def point(part: pd.DataFrame, column: str) -> dict[str, Any]:
+    """Seeds of one series at one place: `value` is their mean, `low` and `high` their range.
+
+    NaN where one failed, whose `status` is told: survivors alone are never averaged. `seeds` counts all.
+    """
+    first, failed = part.iloc[0], part.loc[part["status"] != "ok", "status"].tolist()
+    values = [] if failed else [float(v) for v in part[column]]
+    return {
+        "kind": "series", "panel": str(first["panel"]), "family": str(series.family(str(first["method"])) or "other"),
+        "series": str(first["series"]), "label": str(first["label"]), "method": str(first["method"]), "params": str(first["own"]),
+        "ran": str(first["implementation"]), "n": int(first["n"]), "value": sum(values) / len(values) if values else float("nan"),
+        "low": min(values, default=float("nan")), "high": max(values, default=float("nan")), "seeds": len(part),
+        "status": failed[0] if failed else "ok", "floor": float("nan"),
+    }  # fmt: skip
+
+
+def chance(part: pd.DataFrame) -> float:
+    """Accuracy of a guess; NaN where nothing was trained."""
+    known = [t.chance for t in part["training"] if hasattr(t, "chance")] if "training" in part else []
+    return known[0] if known else float("nan")
 
 
 def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
@@ -41,41 +57,27 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     drawn = data(table)
     if drawn.empty:
         return None
-    panels = sorted(drawn.loc[drawn["status"] == "ok", "panel"].unique(), key=series.natural)
-    looks = variants([{str(k): v for k, v in row.items()} for row in drawn.to_dict("records")])
-    width = WIDTHS[columns]
+    levels = drawn.groupby("panel")["chance"].max().dropna()
+    caption = f"{conditions(table)} {over_seeds(drawn)} Dotted: a guess. {failures(drawn)}"
+    if (drawn["kind"] == "baseline").any():
+        caption += " Grey: the best dense method."
     with paper():
-        figure = Figure(figsize=(width, 1.5 + 1.7 * -(-len(panels) // 3)), layout="constrained")
-        axes = figure.subplots(-(-len(panels) // 3), min(3, len(panels)), squeeze=False).flatten()
-        for i, axis in enumerate(axes):
-            axis.set_visible(i < len(panels))
-        for axis, panel in zip(axes, panels, strict=False):
-            _draw(axis, drawn[drawn["panel"] == panel], looks, width / 3 - 0.4)
-            axis.set_title(panel)
-        shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=3)
-        figure.supylabel("test accuracy", fontsize=7)
-        figure.supxlabel(wrapped(_caption(drawn, table), width), fontsize=5.5, color="#444444", x=0.01, ha="left")
-    return figure
+        order = sorted(drawn["panel"].unique(), key=series.natural)
+        return draw(drawn, caption, METRICS["accuracy"], columns, order=order, most=5, levels={str(k): float(v) for k, v in levels.items()})
 
 
-def _draw(axes: Axes, drawn: pd.DataFrame, looks: dict[str, int], room_in: float) -> None:
-    for name in sorted(drawn["series"].unique(), key=series.natural):
-        part = drawn[(drawn["series"] == name) & (drawn["status"] == "ok")].sort_values("n")
-        if len(part):
-            style: dict[str, Any] = look(str(part["label"].iloc[0]), looks[str(name)])
-            (line,) = axes.plot(part["n"], part["value"], label=str(name), **style)
-            axes.vlines(part["n"], part["low"], part["high"], color=line.get_color(), linewidth=0.8)
-    axes.axhline(float(drawn["chance"].max()), color="#888888", linewidth=0.6, linestyle=":")
-    axes.set_ylim(-0.02, 1.02)
-    length_axis(axes, sorted(drawn["n"].unique()), room_in)
-
-
-def _caption(drawn: pd.DataFrame, table: pd.DataFrame) -> str:
-    failed = drawn[drawn["status"] != "ok"]
-    lost = "; ".join(
-        f"{panel}: {status} {', '.join(sorted(part['series'].unique()))}" for (panel, status), part in failed.groupby(["panel", "status"])
-    )
-    seeds = f"{drawn['seeds'].min()} to {drawn['seeds'].max()}" if drawn["seeds"].nunique() > 1 else str(drawn["seeds"].iloc[0])
+def conditions(table: pd.DataFrame) -> str:
+    """How the models of a table were trained, and what the labels leave out."""
     rows = table[table["task"] == earned.TASK]
-    return f"{series.describe(rows)}. Mean and range over {seeds} seeds; dotted: a guess." + (f" Not drawn: {lost}." if lost else "")
+    return f"{series.describe(rows)}. {series.settings(rows)}".strip()
+
+
+def over_seeds(drawn: pd.DataFrame) -> str:
+    """How many seeds a point stands for, and which points stand for fewer."""
+    own = drawn[drawn["kind"] == "series"]
+    most = int(own["seeds"].max())
+    fewer = own[own["seeds"] < most].drop_duplicates(["series", "panel"])
+    names = sorted((f"{s} at {p}" for s, p in zip(fewer["series"], fewer["panel"], strict=True)), key=series.natural)
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    told = f" Fewer: {'; '.join(names[:4])}{more}." if names else ""
+    return f"Mean and range over {most} seed{'s' if most > 1 else ''}.{told}"

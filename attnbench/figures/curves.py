@@ -1,31 +1,73 @@
-"""Learning curves: accuracy on the validation split against steps, a panel for each task and length, a thin line for each seed."""
+"""Learning curves: accuracy on the validation split against steps, a figure for each task, a panel for each length, over seeds."""
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 
 from attnbench import earned, frame, series
-from attnbench.figures._style import WIDTHS, look, paper, variants, wrapped
+from attnbench.figures._multiples import baseline, draw
+from attnbench.figures._panel import Across
+from attnbench.figures._style import paper
+from attnbench.figures.accuracy import conditions, over_seeds
+from attnbench.metrics import METRICS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from matplotlib.figure import Figure
+
+    from attnbench.record import Training
 
 NAME = "curves"
+LABEL = "training step"
+
+
+def groups(table: pd.DataFrame) -> Iterator[series.Group]:
+    """A group for each trained task."""
+    for group in series.groups(table[table["task"] == earned.TASK]):
+        for name, rows in group.rows.groupby("data", sort=True):
+            yield group._replace(rows=rows, place=f"{group.place}-{str(name).partition(':')[0]}")
 
 
 def data(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a point of the learning rate that was chosen: `step`, `value`, and which `seed`, series and panel it is of."""
+    """One row a series, panel and step `n`, at the learning rate that was chosen: `value`, `low`, `high` over the seeds that were trained.
+
+    A run that stopped early, at the target, keeps its last value.
+    """
     if table.empty or earned.TASK not in set(table["task"]):
         return pd.DataFrame()
     rows = earned.asked(frame.current(table))
-    found: list[dict[str, Any]] = []
-    for _, row in rows[rows["status"] == "ok"].iterrows():
-        if "trained with" in row["panel"]:
-            continue  # the curve is another method's
-        trial = next(t for t in row["training"].trials if t.rate == row["training"].rate)
-        told = {"panel": f"{row['panel']}, N={row['n']}", "series": row["series"], "label": row["label"], "method": row["method"]}
-        found += [{**told, "seed": row["seed"], "rate": trial.rate, "step": step, "value": value} for step, value in trial.validation]
-    return pd.DataFrame(found)
+    rows = rows[rows["status"] == "ok"]
+    points = [p for _, part in rows.groupby(["panel", "series", "n"], sort=True) for p in _curve(part)] if len(rows) else []
+    return pd.DataFrame([*points, *baseline(points, "accuracy")])  # of one point no curve is made
+
+
+def _curve(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    first = part.iloc[0]
+    curves = [validation(training) for training in part["training"]]
+    steps = sorted({step for curve in curves for step in curve})
+    for step in steps if len(steps) > 1 else ():
+        values = [known for curve in curves if (known := _at(curve, step)) is not None]
+        yield {
+            "kind": "series", "panel": f"{first['panel']}, N={first['n']}", "family": str(series.family(str(first["method"])) or "other"),
+            "series": str(first["series"]), "label": str(first["label"]), "method": str(first["method"]), "params": str(first["own"]),
+            "ran": str(first["implementation"]), "n": step, "value": sum(values) / len(values), "low": min(values), "high": max(values),
+            "seeds": len(part), "status": "ok", "floor": float("nan"),
+        }  # fmt: skip
+
+
+def validation(training: Training) -> dict[int, float]:
+    """Step -> accuracy on the validation split, of the learning rate that was chosen."""
+    return dict(next(trial for trial in training.trials if trial.rate == training.rate).validation)
+
+
+def _at(curve: dict[int, float], step: int) -> float | None:
+    """The last value up to a step; None before the first."""
+    known = [s for s in curve if s <= step]
+    return curve[max(known)] if known else None
 
 
 def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
@@ -33,25 +75,15 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     drawn = data(table)
     if drawn.empty:
         return None
-    panels = sorted(drawn["panel"].unique(), key=series.natural)
-    looks = variants([{str(k): v for k, v in row.items()} for row in drawn.to_dict("records")])
-    width = WIDTHS[columns]
+    caption = (
+        f"{conditions(table)} Accuracy on the validation split, each seed at the learning rate chosen for it; where training stopped at "
+        f"the target, its last value. {over_seeds(drawn)}"
+    )
+    if (drawn["kind"] == "baseline").any():
+        caption += " Grey: the best dense method."
+    task = str(table.loc[table["task"] == earned.TASK, "data"].iloc[0])
+    drawn["panel"] = drawn["panel"].str.removeprefix(f"{task}, ")  # which the file's name tells
+    metric = replace(METRICS["accuracy"], label=f"validation accuracy, {task}")
     with paper():
-        figure = Figure(figsize=(width, 1.5 + 1.5 * -(-len(panels) // 3)), layout="constrained")
-        axes = figure.subplots(-(-len(panels) // 3), min(3, len(panels)), squeeze=False).flatten()
-        for i, axis in enumerate(axes):
-            axis.set_visible(i < len(panels))
-        for axis, panel in zip(axes, panels, strict=False):
-            axis.set_title(panel)
-            axis.set_ylim(-0.02, 1.02)
-            for (name, seed), part in drawn[drawn["panel"] == panel].groupby(["series", "seed"], sort=True):
-                style = look(str(part["label"].iloc[0]), looks[str(name)])
-                first = seed == drawn.loc[(drawn["panel"] == panel) & (drawn["series"] == name), "seed"].min()
-                axis.plot(part["step"], part["value"], label=str(name) if first else None, **{**style, "marker": "", "linewidth": 0.7})
-        shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(shown.values()), list(shown), loc="outside upper center", ncols=3)
-        figure.supylabel("validation accuracy", fontsize=7)
-        rows = table[table["task"] == earned.TASK]
-        caption = f"{series.describe(rows)}. Accuracy against training steps, a line a seed, each at the learning rate chosen for it."
-        figure.supxlabel(wrapped(caption, width), fontsize=5.5, color="#444444", x=0.01, ha="left")
-    return figure
+        order = sorted(drawn["panel"].unique(), key=series.natural)
+        return draw(drawn, caption, metric, columns, order=order, most=6, along=Across(LABEL, powers=False, curves=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnbench import frame, metrics, series, stats, tables
+from attnbench import frame, joining, metrics, series, stats, tables
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -89,7 +89,7 @@ COLUMNS = (
 def rows(table: pd.DataFrame) -> list[Row]:
     """One a cell, failures included, in the taxonomy's order, then by length."""
     current = metrics.add(frame.current(table))
-    errors = _errors(current)
+    errors = joining.errors(current)
     found = [row for group in series.groups(current) for row in _group(group, errors)]
     return sorted(found, key=lambda r: (series.family_rank(series.family(r["method"])), series.natural(r["series"]), r["suite"], r["n"]))
 
@@ -111,20 +111,8 @@ def _point(row: Row) -> tuple[Any, ...]:
     return (row["mode"], row["n"], row["profile"], row["seed"])
 
 
-def _errors(rows: pd.DataFrame) -> dict[tuple[str, str, str], dict[int, float]]:
-    """(device, method, parameters) -> length -> median error over profiles and seeds."""
-    known = rows[(rows["task"] == "fidelity") & rows["rel_error"].notna()]
-    medians = known.groupby(["device", "method", "params", "n"])["rel_error"].median()
-    found: dict[tuple[str, str, str], dict[int, float]] = {}
-    for key, value in medians.items():
-        device, method, params, n = key if isinstance(key, tuple) else (key, "", "", 0)
-        found.setdefault((str(device), str(method), str(params)), {})[int(n)] = float(value)
-    return found
-
-
 def _error(row: Row, known: dict[int, float]) -> tuple[float | None, int | None]:
     if row["task"] == "fidelity":
         own = row.get("rel_error")
         return (None, None) if own is None or own != own else (float(own), int(row["n"]))  # noqa: PLR0124 (NaN)
-    nearest = min(known, key=lambda n: abs(n - row["n"]), default=None)
-    return (None, None) if nearest is None else (known[nearest], nearest)
+    return joining.nearest(known, int(row["n"]))

@@ -76,19 +76,24 @@ def summary(layers: Sequence[Layer], tokens: int, *, pictures: bool) -> dict[str
     return {
         "pruned": tuple(layer.pruned for layer in held),
         "busiest": tuple(x for layer in layers if (x := layer.busiest) is not None),
-        "loads": tuple(x for layer in layers if (x := layer.loads)),
-        "kept": tuple(_packed(layer.kept, tokens) for layer in held if layer.kept is not None) if pictures else (),
+        "loads": tuple(layer.loads for layer in layers if layer.loads),
+        "kept": tuple(packed(_heads(layer.kept, tokens)) for layer in held if layer.kept is not None) if pictures else (),
     }
 
 
-def _packed(kept: Tensor, tokens: int) -> str:
-    """`[B, H, N]` -> heads that keep each token of the first examples, a byte each, deflated, as text."""
-    heads = kept[:PICTURED, :, kept.shape[2] - tokens :].sum(1).to(torch.uint8).cpu().numpy()
+def _heads(kept: Tensor, tokens: int) -> np.ndarray:
+    """`[B, H, N]` -> `[PICTURED, N]`: heads in which some expert keeps each token of the first examples."""
+    found: np.ndarray = kept[:PICTURED, :, kept.shape[2] - tokens :].sum(1).to(torch.uint8).cpu().numpy()
+    return found
+
+
+def packed(heads: np.ndarray) -> str:
+    """Numbers of heads, a byte each, deflated, as text."""
     return base64.b64encode(zlib.compress(heads.tobytes(), 9)).decode()
 
 
 def unpacked(text: str, tokens: int) -> np.ndarray:
-    """`[PICTURED, N]` (fewer rows where there were fewer examples): heads that keep each token."""
+    """What `packed` packed, `[examples, N]`."""
     return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8).reshape(-1, tokens)
 
 
