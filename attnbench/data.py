@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from attnbench import drawn
+from attnbench import distributed, drawn
 from attnbench.batches import Feed, Prepared, prepared
 from attnbench.tasks._draw import generator
 
@@ -40,6 +40,9 @@ class Data:
     folder: Path | None = None
     """where sets lie that other processes have drawn; None keeps none"""
     _kept: dict[Split, list[Prepared]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        self.task = distributed.current().share(self.task, self.recipe.batch)
 
     @property
     def stored(self) -> bool:

@@ -77,14 +77,14 @@ def open_checkpoint(path: Path, data: Path | None = None) -> tuple[TinyTransform
 
     Raises `UserError` where it is none.
     """
-    from attnbench.nn import Architecture, TinyTransformer
+    from attnbench.nn import Architecture, built
     from attnbench.tasks import trained
 
     state = checkpoint.load(path)
     if missing := {"architecture", "model", "task"} - state.keys():
         raise UserError(f"{path} holds no {' and '.join(sorted(missing))}: give a checkpoint that training wrote")
     own = state["architecture"]
-    model = TinyTransformer(Architecture(**{**own, "grid": tuple(own["grid"]) if own["grid"] else None}))
+    model = built(Architecture(**{**own, "grid": tuple(own["grid"]) if own["grid"] else None}))
     model.load_state_dict(state["model"])
     return model.eval(), trained.get(f"{state['task']}:{data}" if data else state["task"])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from attnbench.tasks.trained import Split
@@ -40,6 +40,8 @@ class Recipe:
     """examples of the test split, at most; fewer where that would be over a quarter of those trained on"""
     target: float = 0.999
     """validation accuracy at which training may stop"""
+    last: float = 0.0
+    """learning rate at the end, as a share of the largest"""
     examples: int = 0
     """training examples there are: a set that is gone through again and again, in another order each time; 0: every batch is new"""
 
@@ -58,13 +60,22 @@ class Recipe:
         warm = max(1, round(self.warmup * self.steps))
         if step < warm:
             return self.rate * (step + 1) / warm
-        return self.rate * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm)))
+        return self.rate * (self.last + (1 - self.last) * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, self.steps - warm))))
 
     def batches(self, split: Split, available: int = 0) -> int:
         """Batches of a held-out split that are looked at; `available` is the number of examples there are, 0 for no end."""
         trained = self.steps * self.batch
         wanted = min(self.tested, trained // 4) if split == "test" else min(self.validated, trained // (8 * self.evaluations))
         return max(1, math.ceil(min(wanted, available or wanted) / self.batch))
+
+
+DEIT: dict[str, Any] = {
+    "warmup": 5 / 300, "betas": (0.9, 0.999), "clip": math.inf, "last": 0.01, "evaluations": 60, "validated": 2048, "tested": 10**6,
+}  # fmt: skip
+"""Settings of a `Recipe` as Touvron et al. 2021, https://arxiv.org/abs/2012.12877, have them for 300 epochs at batch 1024 and rate 1e-3:
+no clipping, a cosine from 1e-3 to 1e-5. All images of the test split are looked at. Weight decay is the same here and there."""
+DROP_PATH = 0.1
+"""stochastic depth of it, see `attnbench.nn.Architecture`"""
 
 
 @dataclass

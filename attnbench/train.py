@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from attnbench import checkpoint
+from attnbench import checkpoint, distributed
 from attnbench.batches import IGNORED
 from attnbench.data import Data
 from attnbench.errors import UserError
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Fit", "Recipe", "Score", "Trainer", "race"]
 
+_UNDECAYED = ("places", "class_token", "pos_embed", "cls_token")
+"""parameters that are vectors of places, of our models and of timm's"""
 _SLICES, _RANGES = 16, 8
 """slices told apart, and ranges that more of them are told by"""
 
@@ -56,7 +58,7 @@ class Trainer:
     path: Path | None = None
     """where the checkpoint lies; None writes none"""
     save_s: float = 20.0
-    """seconds between checkpoints"""
+    """seconds between checkpoints; at first a second and a tenth of the time spent, so that a short run is not lost as a whole"""
     tell: Callable[[Trainer], None] = lambda _: None
     data: Data | None = None
     """shared by models that train side by side; None makes its own"""
@@ -65,12 +67,15 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
+        self.group = distributed.current()
+        self._parallel = self.group.wrap(self.model)
         self.batches = self.data or Data(self.task, self.recipe, self.device)
         self.optimizer = _optimizer(self.model, self.recipe, self.device)
         self.fit, self.loss = Fit(self.recipe.rate), 0.0
         self.total = torch.zeros((), device=self.device)
-        self.kept, self._saved = 0, time.perf_counter()
-        self._steps = Replayed(self._queued, self.device, self.why_eager)
+        self.kept, self._begun = 0, time.perf_counter()
+        self._saved = self._begun
+        self._steps = Replayed(self._queued, self.device, self.why_eager or self.group.why_eager)
         self._looks = Replayed(self._look, self.device, "" if self.batches.stored else "not stored", beside=self._steps)
         self._static: Prepared | None = None
         if self.device != "cpu":
@@ -143,7 +148,7 @@ class Trainer:
 
     def _loss(self, batch: Prepared) -> tuple[Tensor, Tensor]:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.autocast):
-            scores = self.model(batch.inputs, batch.positions, batch.mask)
+            scores = self._parallel(batch.inputs, batch.positions, batch.mask)
         return cross_entropy(scores.float(), batch.targets), scores
 
     def wait(self) -> None:
@@ -158,14 +163,18 @@ class Trainer:
             self._read()
         if evaluated and not fit.diverged:
             fit.validation.append((fit.step, self.evaluate("validation").accuracy))
-        if self.path and not self.over and time.perf_counter() - self._saved >= self.save_s:
+        if self.path and self.group.main and not self.over and self._due():
             self.save()
         self.tell(self)
+
+    def _due(self) -> bool:
+        now = time.perf_counter()
+        return now - self._saved >= min(self.save_s, 1 + 0.1 * (now - self._begun))
 
     def _read(self) -> None:
         """The mean loss since the last point of the curve."""
         fit = self.fit
-        self.loss = float(self.total) / (fit.step - (fit.losses[-1][0] if fit.losses else 0))
+        self.loss = float(self.group.mean(self.total)) / (fit.step - (fit.losses[-1][0] if fit.losses else 0))
         fit.diverged = not math.isfinite(self.loss)
         if not fit.diverged:
             fit.losses.append((fit.step, self.loss))
@@ -176,7 +185,7 @@ class Trainer:
         self.fit.graph = self._steps.graph is not None or self.fit.graph
         if self._steps.note and self._steps.note not in self.fit.notes:
             self.fit.notes.append(self._steps.note)
-        if self.path and self.kept != self.fit.step:
+        if self.path and self.kept != self.fit.step and self.group.main:
             self.save()
 
     def evaluate(self, split: Split) -> Score:
@@ -210,7 +219,8 @@ class Trainer:
         with torch.no_grad():
             for batch in self.batches.held_out(split):
                 loss, scores = self._loss(batch)
-                seen.append((scores.argmax(-1) == batch.targets, batch.targets != IGNORED, batch.groups, loss.view(1)))
+                found = scores.argmax(-1) == batch.targets, batch.targets != IGNORED, batch.groups, loss.view(1)
+                seen.append(tuple(map(self.group.gather, found)))
         self.model.train(training)
         return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))
 
@@ -269,9 +279,9 @@ def _by_slice(hits: Tensor, slices: Tensor) -> dict[str, float]:
 
 
 def _optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.AdamW:
-    """AdamW that decays matrices alone; on a GPU its rate is a tensor, which a CUDA graph reads anew in each step."""
-    matrices = [x for x in model.parameters() if x.ndim >= 2]
-    others = [x for x in model.parameters() if x.ndim < 2]
+    """AdamW that decays matrices alone, not positions; on a GPU its rate is a tensor, which a CUDA graph reads anew in each step."""
+    decays = {name: x.ndim >= 2 and name.rpartition(".")[2] not in _UNDECAYED for name, x in model.named_parameters()}
+    matrices, others = ([x for name, x in model.named_parameters() if decays[name] is wanted] for wanted in (True, False))
     groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
     gpu = device != "cpu"
     rate = torch.full((), recipe.rate, device=device) if gpu else recipe.rate

@@ -66,4 +66,5 @@ class TimmTransformer(TinyTransformer):
     def pixels(self, inputs: Tensor) -> Tensor:
         """Patches `[B, N, 3 P P]` as the images `[B, 3, S, S]` that they were cut from."""
         x = inputs.unflatten(2, (_CHANNELS, self.patch, self.patch)).unflatten(1, (self.side, self.side))
-        return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        images: Tensor = x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return images

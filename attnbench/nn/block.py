@@ -40,7 +40,9 @@ class Block(nn.Module):
         **layer: the other arguments of `AttentionLayer`, parameters of the method among them.
     """
 
-    def __init__(self, dim: int, num_heads: int, method: str = "softmax", *, mlp_ratio: int = 4, drop_path: float = 0.0, **layer: Any) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, method: str = "softmax", *, mlp_ratio: int = 4, drop_path: float = 0.0, **layer: Any
+    ) -> None:
         super().__init__()
         self.drop_path = DropPath(drop_path)
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnbench import checkpoint
+from attnbench import checkpoint, distributed
 from attnbench.batches import prepared
 from attnbench.data import Data
+from attnbench.errors import UserError
 from attnbench.isolate import Progress, report
-from attnbench.nn import Architecture, TinyTransformer
+from attnbench.nn import Architecture, TinyTransformer, built, told
 from attnbench.race import race
-from attnbench.recipe import Fit, Recipe, Score
+from attnbench.recipe import DEIT, DROP_PATH, Fit, Recipe, Score
 from attnbench.record import Record, Status, Training, Trial
 from attnbench.suite import laid, other_method, rates
 from attnbench.tasks import routing, trained
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from attnbench.tasks.trained import TrainedTask
 
 _DTYPES = ("float32", "bfloat16")
-_SHARED = ("warmup", "weight_decay", "betas", "clip", "evaluations", "validated", "tested", "target", "examples")
+_SHARED = ("warmup", "weight_decay", "betas", "clip", "evaluations", "validated", "tested", "target", "examples", "last")
 """settings of the recipe that are the same for every case of a task"""
 EXAMPLES = 1 << 17
 """training examples of a task that draws them: as many as published, which is 100k (mqar), 96k (listops) and 128k (pathfinder)"""
@@ -64,6 +65,7 @@ def run(case: Case, device: str, folder: Path | None = None) -> Record:
     task = trained.get(case.data)
     if why := reasons(case, task, device):
         return Record(case, Status.UNSUPPORTED, "", reasons=tuple(why))
+    distributed.begin(case, device, folder)
     return _swapped(case, task, device, folder) if case.trained_with else _trained(case, task, device, folder)
 
 
@@ -75,6 +77,11 @@ def reasons(case: Case, task: TrainedTask, device: str) -> list[str]:
         need, have = ("causal", "reads later tokens") if task.causal else ("bidirectional", "reads no later token")
         found.append(f"{task.name} is a {need} task, and {case.label} with causal = {str(params.causal).lower()} {have}")
     chosen, why = method.choose(case.shape, getattr(torch, case.dtype), device, params, backward=not case.trained_with)
+    if case.model != "small":
+        try:
+            told(method, 1, task.grid(case.n), causal=params.causal)
+        except UserError as error:
+            found.append(f"{error}, as model = small has it")
     return found + ([] if chosen else why)
 
 
@@ -95,19 +102,24 @@ def architecture(case: Case, task: TrainedTask) -> Architecture:
         positions=case.positions,  # type: ignore[arg-type]
         causal=bool(params.get("causal", False)),
         per_token=task.per_token,
+        class_token=case.model != "small",
+        qkv_bias=case.model != "small",
+        drop_path=DROP_PATH if case.recipe == "deit" else 0.0,
+        library="timm" if case.model == "timm" else "",
     )
 
 
 def recipe(case: Case, rate: float) -> Recipe:
     """How a case is trained at one learning rate."""
-    plain = Recipe(steps=case.steps, rate=rate, batch=case.batch, n=case.n, seed=case.seed, autocast=case.dtype == "bfloat16")
+    settings = DEIT if case.recipe == "deit" else {}
+    plain = Recipe(steps=case.steps, rate=rate, batch=case.batch, n=case.n, seed=case.seed, autocast=case.dtype == "bfloat16", **settings)
     return plain if ":" in case.data else replace(plain, examples=trained.get(case.data).examples or EXAMPLES)
 
 
 def _model(case: Case, task: TrainedTask) -> TinyTransformer:
     """Freshly initialised from the case's seed; torch's random state goes on from there."""
     torch.manual_seed(case.seed)
-    return TinyTransformer(architecture(case, task))
+    return built(architecture(case, task))
 
 
 def _train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> _Outcome:
@@ -202,7 +214,7 @@ class _Report:
 def _trained(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Record:
     outcome = _train(case, task, device, folder)
     record = _tested(case, task, device, outcome)
-    if folder:
+    if folder and case.recipe == "small":  # others took days, and somebody will want the model
         shutil.rmtree(folder / case.case_id, ignore_errors=True)
     return record
 
@@ -232,7 +244,7 @@ def _judged(model: TinyTransformer, case: Case, task: TrainedTask, device: str, 
     with torch.autocast(device, torch.bfloat16, enabled=settings.autocast):
         layers = routing.layers(model, prepared(task, "test", 0, settings).to(device))
     seen: dict[str, Any] = routing.summary(layers, case.n, pictures=task.grid(case.n) is not None)
-    return score, replace(training, groups=score.groups, **seen)
+    return score, replace(training, groups=score.groups, notes=(*training.notes, *task.notes()), **seen)
 
 
 def _training(case: Case, task: TrainedTask, model: TinyTransformer, outcome: _Outcome) -> Training:
@@ -303,7 +315,7 @@ def transplant(state: dict[str, Tensor], model: TinyTransformer) -> list[str]:
 
     Learned weights of the method that trained the state are left out. Raises `UserError` where anything else differs.
     """
-    own, owned = model.state_dict(), ".attention.operator."
+    own, owned = model.state_dict(), ".operator."
     shared = {name: x for name, x in state.items() if owned not in name}
     wrong = [name for name, x in own.items() if owned not in name and (name not in shared or shared[name].shape != x.shape)]
     wrong += [name for name in shared if name not in own]
@@ -327,7 +339,7 @@ def _base_model(origin: Case, task: TrainedTask, device: str, folder: Path | Non
     model = _model(origin, task)
     model.load_state_dict(outcome.state)
     accuracy = Trainer(model, task, recipe(origin, 1.0), device).evaluate("test").accuracy
-    if path and folder:
+    if path and folder and distributed.current().main:
         form = {"architecture": architecture(origin, task).as_dict(), "model": outcome.state, "best": outcome.best, "accuracy": accuracy}
         checkpoint.save(path, {**form, "fits": [asdict(fit) for fit in outcome.fits]})
         shutil.rmtree(folder / origin.case_id, ignore_errors=True)

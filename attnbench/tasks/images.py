@@ -82,7 +82,8 @@ class Folder:
 
     def _notes(self) -> list[str]:
         bad = self.skipped
-        return [f"skipped {len(bad)} images that cannot be decoded: {', '.join(bad[:_NAMED])}" + ", ..." * (len(bad) > _NAMED)] if bad else []
+        named = ", ".join(bad[:_NAMED] + ["..."] * (len(bad) > _NAMED))
+        return [f"skipped {len(bad)} images that cannot be decoded: {named}"] if bad else []
 
     def batch(self, split: Split, index: int, size: int, n: int, seed: int) -> Batch:
         """Patches `[B, N, 3 x 16 x 16]`, each channel by channel and row by row; for training mixed, with shares of the classes.
