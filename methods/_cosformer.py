@@ -28,7 +28,7 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: CosformerParams) -> Tensor:
 class Cosine(Kernel):
     """`phi(x_i) = [relu(x_i) sin, relu(x_i) cos]` of `pi i / 2M`."""
 
-    norm, vanishes, wide_products = NORM, True, True
+    norm, vanishes = NORM, True
 
     def __init__(self, q: Tensor, k: Tensor) -> None:
         self.width, self.length, self.device = 2 * q.shape[3], max(q.shape[2], k.shape[2]), q.device
@@ -48,10 +48,10 @@ class Cosine(Kernel):
             torch.mul(positive, turn[part.tokens], out=half)
         return phi
 
-    def backward(self, grad: Tensor, _features: Tensor, x: Tensor, part: Part, out: Tensor) -> tuple[()]:
-        """The sum of both halves, where x is above 0."""
-        sines, cosines = grad.chunk(2, -1)
-        sin, cos = (part.share * turn[part.tokens] for turn in self.turns)
-        total = (sines * sin).addcmul_(cosines, cos)
-        torch.mul(total, x > 0, out=out)
+    def backward(self, grad: Tensor, features: Tensor, x: Tensor, part: Part, out: Tensor) -> tuple[()]:
+        """With `e = g phi`, the sum of its halves over x, where x is above 0: of rounded features, so that their differences fit."""
+        (sines, cosines), (sin, cos) = grad.chunk(2, -1), features.chunk(2, -1)
+        total = (sines * sin).addcmul_(cosines, cos).mul_(part.share)
+        positive = x > 0
+        torch.mul(total.div_(torch.where(positive, x, 1)), positive, out=out)
         return ()

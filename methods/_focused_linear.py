@@ -47,7 +47,7 @@ def chunked(
 class Focused(Kernel):
     """`phi(x) = |y| y^p / |y^p|` with `y = (relu(x) + 1e-6) / softplus(scale)`, lengths over all heads."""
 
-    norm, couples_heads, wide_products = NORM, True, True
+    norm, couples_heads = NORM, True
 
     def __init__(self, scale: Tensor, power: float) -> None:
         self.weights, self.power, self.width = (scale,), power, scale.shape[1]

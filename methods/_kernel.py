@@ -53,8 +53,6 @@ class Kernel(ABC):
     """whether features are products, a stage of their own"""
     vanishes = False
     """whether all features of a token may be zero"""
-    wide_products = False
-    """whether what queries read, and the gradients of features, are in at least float32 until they are used"""
     reads = 1
     """denominators of a query: the values are cut in as many groups of channels"""
 
@@ -66,7 +64,7 @@ class Kernel(ABC):
     def backward(self, grad: Tensor, features: Tensor, x: Tensor, part: Part, out: Tensor) -> Sequence[Tensor]:
         """Write the gradient of `x` to `out`, where that of its `features` is `part.share` times `grad`, and return those of `weights`.
 
-        `grad` and `features` may be overwritten; `grad` is in at least float32 where `wide_products`.
+        `grad`, in at least float32, and `features` may be overwritten.
         """
 
     def spread(self, state: Tensor) -> Tensor:

@@ -3,6 +3,10 @@
 Keys and values fold into a state `[R, Dv + 1]`, the last column being z, both divided by M so that they fit float16. Features are made
 part by part, as a budget of bytes allows, and made anew in the backward pass: kept are the inputs, the states and the denominators.
 The queries of a group of heads are rows of their key head.
+
+Where few features of a query are above 0 its gradient is a small difference, of what its values and what its denominator contribute.
+So z, and the gradient r of a denominator, are two half-precision numbers each, a rounded one and what it lacks: they stand in columns
+that products have anyway, up to a multiple of 8 for tensor cores.
 """
 
 from __future__ import annotations
@@ -26,6 +30,9 @@ if TYPE_CHECKING:
     from ._kernel import Kernel, Part
     from ._kernelised import Normaliser
 
+_COLUMNS = 3
+"""of a state for each denominator: see `_rounded`"""
+
 
 def bidirectional(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
     """`q: [B, H, N, D]` -> `[B, H, N, Dv]`. Features are rounded to the dtype of q; sums are in at least float32."""
@@ -40,19 +47,15 @@ def _made(kernel: Kernel, x: Tensor, part: Part) -> Tensor:
         return kernel.features(part.of(x), part)
 
 
-def _product(kernel: Kernel, a: Tensor, b: Tensor) -> Tensor:
-    return (wide_bmm if kernel.wide_products else torch.bmm)(a, b)
-
-
 def _rows(x: Tensor) -> Tensor:
     """`[b, h, g, n, X]` -> `[b h, g n, X]`."""
     return x.reshape(x.shape[0] * x.shape[1], -1, x.shape[4])
 
 
 def _state(k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
-    """S, z and columns of zeros up to a multiple of 8, as tensor cores want it, over M, in at least float32: `[B, Hkv, R, C]`."""
+    """S, z and columns of zeros, as `_rounded` wants them, over M, in at least float32: `[B, Hkv, R, C]`."""
     width, state = v.shape[4], None
-    padding = -(width + kernel.reads) % 8 + kernel.reads - 1
+    padding = -(width + _COLUMNS * kernel.reads) % 8 + _COLUMNS * kernel.reads - 1
     for part in kernel.parts("key", k, width):
         key = _made(kernel, k, part)
         outer = outer_sum(_rows(key), _rows(part.of(v))).view(*key.shape[:2], kernel.width, -1)
@@ -87,13 +90,8 @@ def _least(norm: Normaliser, keys: int, like: Tensor) -> float:
     return float(torch.tensor(norm.least / keys, dtype=like.dtype))
 
 
-def _centred(matrix: Tensor, width: int, kernel: Kernel, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What queries multiply, less the mean value `[B, Hkv, Dv, 1]`: rounded gradients are then no small differences.
-
-    Where denominators are more than sums this is off by a factor `sum / n`, which half precision alone does not see.
-    """
-    if x.element_size() != 2 and (kernel.norm.add or kernel.norm.least):
-        return matrix, None
+def _centred(matrix: Tensor, width: int, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """What queries multiply, less the mean value `[B, Hkv, Dv, 1]`: rounded gradients are then no small differences."""
     centred, means = matrix.clone(), []
     for i, c in enumerate(kernel.columns(width)):
         total = matrix[..., width + i : width + i + 1]
@@ -104,20 +102,30 @@ def _centred(matrix: Tensor, width: int, kernel: Kernel, x: Tensor) -> tuple[Ten
     return centred, torch.cat(means, 3).transpose(2, 3)
 
 
+def _rounded(matrix: Tensor, width: int, kernel: Kernel, dtype: torch.dtype) -> Tensor:
+    """`matrix` in `dtype`: values, z, what z lacks, and z again, which the second part of r multiplies."""
+    out, reads = matrix.to(dtype), kernel.reads
+    z, second, again = (slice(width + i * reads, width + (i + 1) * reads) for i in range(_COLUMNS))
+    out[..., second] = matrix[..., z] - out[..., z]
+    out[..., again] = out[..., z]
+    return out
+
+
 class _Bidirectional(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, *weights: Tensor) -> Tensor:
         """`q: [B, Hkv, G, N, D]`, `k: [B, Hkv, 1, M, D]`, `v: [B, Hkv, 1, M, Dv]` -> `[B, Hkv, G, N, Dv]`."""
         width, out = v.shape[4], q.new_empty(*q.shape[:4], v.shape[4])
-        totals = (wide(q[:0]) if kernel.wide_products else q).new_empty(*q.shape[:4], kernel.reads)
+        reads, totals = kernel.reads, wide(q[:0]).new_empty(*q.shape[:4], kernel.reads)
         with stage("state"):
             matrix = kernel.spread(_state(k, v, kernel))
-            rounded = matrix.to(q.dtype)
+            rounded = _rounded(matrix, width, kernel, q.dtype)
         with stage("attend"):
             for part in kernel.parts("query", q, width):
                 query = _made(kernel, q, part)
-                mixed = _product(kernel, _rows(query), part.states(rounded)).view(*query.shape[:4], -1)
-                _denominate(mixed[..., width : width + kernel.reads], k.shape[3], kernel, part.of(totals))
+                mixed = wide_bmm(_rows(query), part.states(rounded)).view(*query.shape[:4], -1)
+                total = mixed[..., width : width + reads] + mixed[..., width + reads : width + 2 * reads]
+                _denominate(total, k.shape[3], kernel, part.of(totals))
                 for i, c in enumerate(kernel.columns(width)):
                     torch.div(mixed[..., c], part.of(totals)[..., i : i + 1], out=part.of(out)[..., c])
         ctx.save_for_backward(q, k, v, matrix, totals, *weights)
@@ -128,44 +136,57 @@ class _Bidirectional(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """With `a = g / n` and `r = -a.o`: `dphi(q) = a S^T + r z^T`, `dS = phi(q)^T a`, `dz = phi(q)^T r`, `dphi(k) = v dS^T + dz`,
-        `dv = phi(k) dS`; taking the mean off v takes it off o and changes dz alone."""
+        `dv = phi(k) dS`; taking the mean off v adds `a.mean` to r and takes `dS mean` off dz."""
         q, k, v, matrix, totals, *weights = ctx.saved_tensors
         width, kernel = v.shape[4], ctx.kernel
         sums = [torch.zeros_like(wide(w)) for w in weights]
-        centred, mean = _centred(matrix, width, kernel, v)
-        dq, dmatrix = _read_backward(grad, q, totals, centred, kernel=kernel, keys=k.shape[3], sums=sums)
+        dq, dmatrix, mean = _read_backward(grad, q, totals, matrix, kernel=kernel, keys=k.shape[3], sums=sums)
         dstate = kernel.gather(dmatrix)
-        if mean is not None:
-            dstate[..., width : width + 1].sub_(dstate[..., :width] @ mean)
+        dstate[..., width : width + 1].sub_(dstate[..., :width] @ mean)
         dk, dv = _state_backward(dstate, k, v, kernel=kernel, sums=sums)
         return dq, dk, dv, None, *(x.to(w.dtype) for x, w in zip(sums, weights, strict=True))
 
 
 def _read_backward(
     grad: Tensor, q: Tensor, totals: Tensor, matrix: Tensor, *, kernel: Kernel, keys: int, sums: Sequence[Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the queries and, in at least float32, of what they multiply; those of weights are added to `sums`."""
-    width, dq, rounded, dmatrix = grad.shape[4], q.new_empty(q.shape), matrix.to(q.dtype), None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the queries and, in at least float32, of what they multiply, less the mean value, and that mean.
+
+    Gradients of weights are added to `sums`.
+    """
+    width, reads, dq, dmatrix = grad.shape[4], kernel.reads, q.new_empty(q.shape), None
+    matrix, mean = _centred(matrix, width, kernel)
+    rounded = _rounded(matrix, width, kernel, q.dtype)
     for part in kernel.parts("query", q, width):
         own, query = part.states(rounded), kernel.features(part.of(q), part)
         a = grad.new_empty(*query.shape[:4], matrix.shape[3])
         a[..., width:] = 0
-        product = _product(kernel, _rows(query), own[..., :width]).view(*query.shape[:4], width)
+        product = wide_bmm(_rows(query), own[..., :width]).view(*query.shape[:4], width)
         for i, c in enumerate(kernel.columns(width)):
             total = part.of(totals)[..., i : i + 1]
             torch.div(part.of(grad)[..., c], total, out=a[..., c])
-            weight = product[..., c].mul_(a[..., c]).sum(-1, dtype=matrix.dtype)
-            a[..., width + i] = -weight / _sloping(total, kernel.norm, keys)[..., 0]
+            r = product[..., c].mul_(a[..., c]).sum(-1, keepdim=True).neg_().div_(total)
+            if kernel.norm.add or kernel.norm.least:
+                held = wide_bmm(_rows(a[..., c]), part.states(mean)[:, c].to(a.dtype)).view(r.shape)
+                r = _completed(r, held, total, kernel.norm, keys)
+            z, second, again = (slice(width + j * reads + i, width + j * reads + i + 1) for j in range(_COLUMNS))
+            a[..., z] = a[..., second] = r
+            a[..., again] = r - a[..., z]
         dmatrix = _added(dmatrix, outer_sum(_rows(query), _rows(a)).view(*query.shape[:2], kernel.width, -1), part, q)
-        dfeatures = _product(kernel, _rows(a), own.transpose(1, 2)).view_as(query)
+        dfeatures = wide_bmm(_rows(a), own.transpose(1, 2)).view_as(query)
         _add(sums, kernel.backward(dfeatures, query, part.of(q), part, part.of(dq)))
     assert dmatrix is not None
-    return dq, dmatrix
+    dmatrix[..., width : width + reads] += dmatrix[..., width + 2 * reads : width + 3 * reads]
+    return dq, dmatrix, mean
 
 
-def _sloping(total: Tensor, norm: Normaliser, keys: int) -> Tensor:
-    """Denominators, infinite where they are at their bound, which has no slope."""
-    return total.masked_fill(total <= _least(norm, keys, total), torch.inf) if norm.least else total
+def _completed(r: Tensor, held: Tensor, total: Tensor, norm: Normaliser, keys: int) -> Tensor:
+    """r where a denominator is more than the sum that the mean was taken off, from `-a.(o - mean)` and `held`, which is `a.mean`.
+
+    At its bound a denominator has no slope: then r is what the mean adds.
+    """
+    out = torch.addcdiv(r, held, total, value=norm.add if norm.mean else norm.add / keys)
+    return torch.where(total <= _least(norm, keys, total), held, out) if norm.least else out
 
 
 def _state_backward(dstate: Tensor, k: Tensor, v: Tensor, *, kernel: Kernel, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -177,10 +198,7 @@ def _state_backward(dstate: Tensor, k: Tensor, v: Tensor, *, kernel: Kernel, sum
         own = part.states(rounded)
         target = dvalues.view(-1, *dvalues.shape[3:])
         torch.baddbmm(target, _rows(key), own[..., :width], beta=0, alpha=part.share, out=target)
-        if kernel.wide_products:
-            dfeatures = wide_bmm(_augmented(values, own.shape[2]), own.transpose(1, 2))
-        else:
-            dfeatures = torch.baddbmm(own[..., width].unsqueeze(1), values, own[..., :width].transpose(1, 2))
+        dfeatures = wide_bmm(_augmented(values, own.shape[2]), own.transpose(1, 2))
         _add(sums, kernel.backward(dfeatures.view_as(key), key, part.of(k), part, part.of(dk)))
     return dk, dv
 

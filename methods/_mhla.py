@@ -1,6 +1,7 @@
 """MHLA by block: half-precision features, products summed in float32, an analytic backward pass.
 
-As in linear attention a state has a further column for z, and both are divided by N so that they fit float16. Features are made in the
+As in linear attention a state has a further column for z, and both are divided by N so that they fit float16; z, and the gradient of a
+denominator, are two half-precision numbers each (see `_kernelised_chunked`). Features are made in the
 order of blocks and gradients are written back in that of tokens, so that tiles of a grid cost a copy of v and of its gradient alone. Kept
 for the backward pass are inputs, states and denominators. Heads are taken together as a budget of bytes allows.
 """
@@ -16,7 +17,7 @@ from attnbench.eager import wide
 from attnbench.stages import stage
 
 from ._chunks import rows_per_chunk
-from ._products import outer_sum
+from ._products import outer_sum, wide_bmm
 from .mhla import EPS, local
 
 if TYPE_CHECKING:
@@ -87,11 +88,11 @@ class _Form(NamedTuple):
         if self.tiles.even:
             operation(x, y, out=self.tiles.cut(target))
         else:
-            self.tiles.put(target, operation(x, y))
+            self.tiles.put(target, operation(x, y).to(target.dtype))
 
     def state(self, key: Tensor, v: Tensor) -> Tensor:
-        """S, z and zero columns of each block `[X, m, D, ..]`, in at least float32; the last axis a multiple of 8 for tensor cores."""
-        state = wide(v[:0]).new_zeros(*key.shape[::2], -(-(self.width + 1) // 8) * 8)
+        """S, z and zero columns, as `rounded` wants them, of each block `[X, m, D, ..]`, in at least float32."""
+        state = wide(v[:0]).new_zeros(*key.shape[::2], -(-(self.width + 3) // 8) * 8)
         state[..., : self.width] = outer_sum(key, self.by_block(v))
         if self.normalizer != "none":
             state[..., self.width] = key.sum(1, dtype=state.dtype)
@@ -102,6 +103,14 @@ class _Form(NamedTuple):
         out = (wide(mix) @ state.flatten(2)).view_as(state)
         if self.normalizer == "repo":
             out[..., self.width] = state[..., self.width]
+        return out
+
+    def rounded(self, state: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the queries of each block multiply, `[Y m, D, ..]` of mixed states: values, z, what its rounding lacks, and z again."""
+        exact = self.spread(state).flatten(0, 1)
+        out, width = exact.to(dtype), self.width
+        out[..., width + 1] = exact[..., width] - out[..., width]
+        out[..., width + 2] = out[..., width]
         return out
 
     def spread(self, x: Tensor) -> Tensor:
@@ -119,7 +128,7 @@ class _Form(NamedTuple):
 
     def total(self, mixed: Tensor, mix: Tensor, eps: float) -> Tensor:
         """Denominators by block `[X m, T, 1]`, of products by block with a mixed state."""
-        own = mixed[..., self.width, None]
+        own = mixed[..., self.width, None] + mixed[..., self.width + 1, None]
         return (self.across(own, mix) if self.normalizer == "repo" else own) + eps
 
     def across(self, x: Tensor, mix: Tensor) -> Tensor:
@@ -137,11 +146,11 @@ class _Mhla(torch.autograd.Function):
         for heads, queries in form.steps(q, v):
             with stage("state"):
                 states.append(form.state(form.features(k[heads], keys=True), v[heads]))
-                read = form.spread(form.mixed(states[-1], mix)).flatten(0, 1).to(q.dtype)
+                read = form.rounded(form.mixed(states[-1], mix), q.dtype)
             with stage("attend"):
-                mixed = torch.bmm(form.features(q[queries]), read)
+                mixed = wide_bmm(form.features(q[queries]), read)
                 if form.normalizer == "none":
-                    form.tiles.put(out[queries], mixed[..., :width])
+                    form.tiles.put(out[queries], mixed[..., :width].to(q.dtype))
                 else:
                     totals.append(form.total(mixed, mix, EPS * form.share(q.shape[1])))
                     form.store(out[queries], torch.div, form.by_tile(mixed)[..., :width], form.by_tile(totals[-1]))
@@ -177,7 +186,7 @@ def _read_backward(
     Returns `dphi(q)` by block, the gradient of the mixed states, and what the denominators of the authors' code add to that of the mixture.
     """
     (state, mix), width, part = mixing, form.width, torch.zeros_like(wide(mixing[1]))
-    read, query = form.spread(form.mixed(state, mix)).flatten(0, 1).to(q.dtype), form.features(q)
+    read, query = form.rounded(form.mixed(state, mix), q.dtype), form.features(q)
     a = grad.new_empty(*query.shape[:2], read.shape[2])
     values = form.by_tile(a)[..., :width]
     a[..., width:] = 0
@@ -185,14 +194,18 @@ def _read_backward(
         values.copy_(form.tiles.cut(grad))
     else:
         torch.div(form.tiles.cut(grad), form.by_tile(total), out=values)
-        product = torch.bmm(query, read[..., :width]).mul_(a[..., :width])
-        r = -product.sum(2, keepdim=True, dtype=state.dtype) / total
+        product = wide_bmm(query, read[..., :width]).mul_(a[..., :width])
+        r = -product.sum(2, keepdim=True) / total
         if form.normalizer == "repo":
-            own = torch.bmm(query, read[..., width, None])
+            own = wide_bmm(query, read[..., width : width + 2]).sum(2, keepdim=True)
             part = torch.einsum("ybt,yat->ba", *(wide(x).view(-1, len(mix), x.shape[1]) for x in (r, own)))
             r = form.across(r, mix.t())
-        a[..., width, None] = r
-    return torch.bmm(a, read.transpose(1, 2)), outer_sum(query, a).view(len(q), len(mix), q.shape[2], -1), part
+        a[..., width, None] = a[..., width + 1, None] = r
+        a[..., width + 2, None] = r - a[..., width, None]
+    dread = outer_sum(query, a)
+    dread[..., width] += dread[..., width + 2]
+    dread[..., width + 1 :] = 0
+    return wide_bmm(a, read.transpose(1, 2)), dread.view(len(q), len(mix), q.shape[2], -1), part
 
 
 def _state_backward(form: _Form, dstate: Tensor, mean: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

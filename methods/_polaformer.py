@@ -62,7 +62,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, params: PolaformerParams, weights: 
 class Polarised(Kernel):
     """`phi(x) = [relu(y)^p, relu(-y)^p]` with `y = x / softplus(scale)`, `p = 1 + alpha sigmoid(power)`."""
 
-    norm, vanishes, wide_products, reads = NORM, True, True, 2
+    norm, vanishes, reads = NORM, True, 2
 
     def __init__(self, v: Tensor, params: PolaformerParams, weights: Mapping[str, Tensor]) -> None:
         self.weights = (weights["scale"], weights["power"])

@@ -98,9 +98,15 @@ def cost(shape: Shape, params: FocusedLinearParams) -> Cost:
     return _kernelised.cost(shape, shape.dim, project=project, learned=shape.heads * shape.dim + _local.owned(shape, params))
 
 
-def _wide_tokens(shape: Shape, _params: Params, _dtype: torch.dtype, _device: str) -> list[str]:
+def _chunked_reasons(shape: Shape, params: Params, dtype: torch.dtype, device: str) -> list[str]:
+    small = dtype == torch.float16 and not params.causal
+    return causal_cross(shape, params, dtype, device) + (["powers leave the range of float16: use bfloat16"] if small else [])
+
+
+def _fused_reasons(shape: Shape, params: Params, dtype: torch.dtype, device: str) -> list[str]:
     channels = shape.heads * shape.dim
-    return [f"takes up to 8192 channels of all heads, not {channels}"] if channels > 8192 else []
+    found = [f"takes up to 8192 channels of all heads, not {channels}"] if channels > 8192 else []
+    return found + _chunked_reasons(shape, params, dtype, device)
 
 
 METHOD = Method(
@@ -123,10 +129,10 @@ METHOD = Method(
         Implementation(
             "chunked",
             "attnbench.methods._focused_linear:chunked",
-            Limits(gqa=False, cross=True, extra=causal_cross),
+            Limits(gqa=False, cross=True, extra=_chunked_reasons),
             note="features made anew in the backward pass; causal by prefix states of chunks",
         ),
-        fused("focused_linear", Limits(gqa=False, cross=True, extra=_wide_tokens)),
+        fused("focused_linear", Limits(gqa=False, cross=True, extra=_fused_reasons)),
     ),
     weights=draw,
     couples_heads=True,

@@ -76,7 +76,10 @@ def cosine_kernel(
     if BACK:
         b_g, _, _ = tile(grad, 2 * N * D, 2 * D, i_x, o_n, N, D, BD)
         b_h, _, _ = tile(grad + D, 2 * N * D, 2 * D, i_x, o_n, N, D, BD)
-        b_out = tl.where(b_x > 0, share * (b_g * b_sin + b_h * b_cos), 0.0)
+        # features as rounded: their products with the gradients may cancel
+        b_s = (b_x * b_sin).to(x.dtype.element_ty).to(tl.float32)
+        b_c = (b_x * b_cos).to(x.dtype.element_ty).to(tl.float32)
+        b_out = tl.where(b_x > 0, share * (b_g * b_s + b_h * b_c) / tl.where(b_x > 0, b_x, 1.0), 0.0)
         tl.store(p_out, b_out.to(out.dtype.element_ty), mask=mask)
     else:
         b_x = tl.maximum(b_x, 0.0)
