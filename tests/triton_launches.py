@@ -25,10 +25,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LOG: list[tuple[Any, ...]] = []
-"""what reached the driver: choice, grid, stream, packed options, arguments; tensors as (address, bytes)"""
+"""what reached the driver: stream, choice, grid, packed options, arguments; tensors as (address, bytes)"""
+MAIN, SIDE, MARK = 7, 8, 0
+"""streams, and what stands for one where the second is forked or joined"""
 CHOICES: dict[tuple[str, ...], int] = {}
 NAMES: dict[int, str] = {}
 SIZES: dict[tuple[int, ...], int] = {}
+POINTERS = {"probe_kernel": 7, "select_kernel": 11, "gate_kernel": 5, "permute_kernel": 7}
+"""how many pointers a kernel takes"""
 FILLING = "probe_grad_kernel"
 """writes dk and dv, which are else zeroed beforehand"""
 
@@ -53,11 +57,11 @@ class Launcher:
         for place in self.zeroed(NAMES[function]):
             size = SIZES.setdefault((place, function, x), args[place].nbytes if isinstance(args[place], Tensor) else 0)
             assert not any(ctypes.string_at(address(spans[place]), size)), f"{NAMES[function]} is given what is not zero"
-        LOG.append((function, (x, y, z), stream, packed, spans))
+        LOG.append((stream, function, (x, y, z), packed, spans))
 
     def zeroed(self, name: str) -> tuple[int, ...]:
         """Places of arguments that must point to zeros."""
-        filled = any(NAMES[x[0]] == FILLING for x in LOG)
+        filled = any(NAMES[x[1]] == FILLING for x in LOG if x[0] != MARK)
         return (2,) if name == "mark_kernel" else (5, 6) if name == "scatter_kernel" and not filled else ()
 
 
@@ -75,7 +79,21 @@ class Choice:
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
         hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-        return lambda *args: self.run(*grid, 7, self.function, self.packed_metadata, None, *hooks, *args)
+        return lambda *args: self.run(*grid, MAIN, self.function, self.packed_metadata, None, *hooks, *args)
+
+
+class Side:
+    """Stands for a second stream."""
+
+    handle = SIDE
+
+    def fork(self) -> None:
+        """Write it down."""
+        LOG.append((MARK, "fork"))
+
+    def join(self) -> None:
+        """Write it down."""
+        LOG.append((MARK, "join"))
 
 
 def address(x: Any) -> int:
@@ -105,12 +123,17 @@ def logged() -> Iterator[list[Any]]:
     log += LOG
 
 
-def compare(first: list[Any], again: list[Any], given: dict[int, int]) -> None:
-    """Fails where `again` is not `first` but for addresses; `given` maps the caller's. Buffers may lie elsewhere, none over another."""
-    assert [x[:4] for x in first] == [x[:4] for x in again], "another kernel, grid, stream or number of warps"
-    place, sizes = dict(given), {}
-    for (*_, one), (*_, other) in zip(first, again, strict=True):
-        for a, b in zip(one, other, strict=True):
+def compare(first: list[Any], again: list[Any], before: list[int], after: list[int], *, one: bool) -> None:
+    """Fails where `again` is not `first` but for addresses, of which the caller's are `before` and `after`, unless all are `one`.
+
+    Buffers may lie elsewhere, none over another.
+    """
+    assert all(x[0] == MAIN for x in first)
+    again = in_turn(again, set(after))
+    assert [x[1:4] for x in first] == [x[1:4] for x in again], "another kernel, grid or number of warps"
+    place, sizes = {} if one else dict(zip(before, after, strict=True)), {}
+    for (*_, mine), (*_, other) in zip(first, again, strict=True):
+        for a, b in zip(mine, other, strict=True):
             if not isinstance(a, tuple):
                 assert (type(a), a) == (type(b), b), f"{b} in place of {a}"
             elif a[1]:  # nothing is read from what holds nothing
@@ -119,6 +142,21 @@ def compare(first: list[Any], again: list[Any], given: dict[int, int]) -> None:
                 sizes[address(b)] = max(a[1], sizes.get(address(b), 0))
     spans = sorted(sizes.items())
     assert all(x + size <= y for (x, size), (y, _) in pairwise(spans)), "buffers overlap"
+
+
+def in_turn(log: list[Any], given: set[int]) -> list[Any]:
+    """The launches of a log. Fails where those side by side share more than the caller's tensors and landmarks, or are not joined."""
+    marks = [(i, x[1]) for i, x in enumerate(log) if x[0] == MARK]
+    if marks:
+        (begun, fork), (done, join) = marks
+        assert (fork, join) == ("fork", "join")
+        lanes = {lane: [x for x in log[begun + 1 : done] if x[0] == lane] for lane in (MAIN, SIDE)}
+        assert all(lanes.values()), "nothing runs side by side"
+        main, side = ({address(a) for x in lane for a in x[4][: POINTERS[NAMES[x[1]]]]} for lane in lanes.values())
+        landmarks = {address(x[4][1]) for x in lanes[SIDE] if NAMES[x[1]] == "gate_kernel"}
+        assert main & side <= given | landmarks, "a buffer is used on both streams"
+    assert all(x[0] == MAIN for i, x in enumerate(log) if not marks or not begun <= i <= done)
+    return [x for x in log if x[0] != MARK]
 
 
 def tensors(case: dict[str, Any], seed: int) -> tuple[list[Tensor], Tensor]:
@@ -183,7 +221,7 @@ def launched(mita: Any, case: dict[str, Any], seed: int, mode: str = "") -> tupl
     with logged() as log:
         with Watched() if mode == "watched" else nullcontext(), torch.set_grad_enabled(mode != "forward"):
             out = mita.mita_attention(*qkv, **options)
-        forward = len(LOG)
+        forward = sum(x[0] != MARK for x in LOG)
         if mode != "forward":
             grads = torch.autograd.grad(out, qkv, grad)
             assert [x.shape for x in grads] == [x.shape for x in qkv]
@@ -194,11 +232,12 @@ def main() -> None:
     """Each case as Triton launches it, then repeated with other tensors among the others."""
     triton.compiler.compile = lambda source, target, options: Choice(source, options)
     driver.set_active(SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: -1, get_current_stream=lambda _: 7,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: -1, get_current_stream=lambda _: MAIN,
     ))  # fmt: skip
     from attnbench.kernels import mita
-    from attnbench.kernels.mita import _eager
+    from attnbench.kernels.mita import _eager, _program
 
+    _program.side_of = lambda *_: Side()  # type: ignore[assignment]
     told: list[Any] = []
     first = {}
     for name, case in CASES.items():
@@ -215,8 +254,7 @@ def main() -> None:
                 knobs.runtime.launch_enter_hook.add(told.append)
             again, _, others = launched(mita, case, 2, mode)
             knobs.runtime.launch_enter_hook.remove(told.append)
-            given = {} if case.get("one") else dict(zip(pointers, others, strict=True))
-            compare(log[:forward] if mode == "forward" else log, again, given)
+            compare(log[:forward] if mode == "forward" else log, again, pointers, others, one="one" in case)
         print(forward, len(log), name)
     assert len(told) == sum(len(x[0]) for x in first.values()), "hooks were not told of every launch"
 

@@ -1,4 +1,7 @@
-"""The forward pass: six launches, seven when a query reads several experts."""
+"""The forward pass: six launches, seven when a query reads several experts.
+
+Once the landmarks are known, queries are routed beside the pass over the keys, which both wait for memory and for themselves.
+"""
 
 from __future__ import annotations
 
@@ -177,10 +180,12 @@ def first_forward(launch: Recorder, setting: Setting) -> tuple[Tensor, ...]:
     m = given[0].shape[2] if given else setting.grid[3] * setting.grid[4]
     top, s, _, p = sizes(q, k, v, m, setting)
     r = given[0] if given else pooled(launch, q, setting.grid, p)
-    value, stat, index = build_experts(launch, r, k, v, top, setting, p)
     if setting.routed:
-        order, start, segment = route(launch, q, r, s, p)
+        with launch.aside(p.fork):
+            order, start, segment = route(launch, q, r, s, p)
     else:
         order, start, segment = (launch.empty(*q.shape[:2], *none, dtype=torch.int32) for none in ((0,), (0,), (0, 4)))
+    value, stat, index = build_experts(launch, r, k, v, top, setting, p)
+    launch.join()
     out, lse = attend(launch, q, k, v, r, value, (index, order, segment), top, s, setting, p)
     return out, lse, r, value, stat, index, order, start, segment

@@ -6,6 +6,7 @@ under the interpreter, nor with a Triton whose launchers are not known here.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ import triton
 from ._program import Buffer, Launch, Program
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -48,8 +49,8 @@ class Recorder:
         self.inputs = tuple(x.detach() for x in inputs)
         """the same tensors, each an object of its own even where the caller gave one twice"""
         self.buffers: list[tuple[Tensor, bool]] = []
-        self.launches: list[tuple[Any, int, list[Tensor], tuple[object, ...]]] = []
-        self.complete = _KNOWN
+        self.launches: list[tuple[Any, int, list[Tensor], tuple[object, ...], bool, bool]] = []
+        self.complete, self.is_aside, self.waits = _KNOWN, False, False
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor that the call makes."""
@@ -63,6 +64,17 @@ class Recorder:
         self.buffers.append((x, zeroed))
         return x
 
+    @contextmanager
+    def aside(self, wanted: bool) -> Iterator[None]:
+        """Launches within may run beside those that follow, until `join`. The first time they run in turn."""
+        self.is_aside = wanted
+        yield
+        self.is_aside = False
+
+    def join(self) -> None:
+        """The next launch needs those aside."""
+        self.waits = any(x[4] for x in self.launches)
+
     def __call__(self, kernel: Any, programs: int, *args: Any, **constants: object) -> None:
         """Launch `programs` programs of a Triton kernel; tensors come first, `constants` are compile-time arguments and options."""
         compiled = kernel[(programs,)](*args, **constants)
@@ -72,7 +84,8 @@ class Recorder:
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
         assert all(x is y for x, y in zip(tensors, args, strict=False)), "tensors come first"
         rest = (*args[len(tensors) :], *(constants[name] for name in kernel.arg_names[len(args) :] if name not in _OPTIONS))
-        self.launches.append((compiled, programs, tensors, rest))
+        self.launches.append((compiled, programs, tensors, rest, self.is_aside, self.waits))
+        self.waits = False
 
     def note(self, key: Hashable, results: Sequence[Tensor], own: int) -> None:
         """Keep what was launched as the program of `key`; see `Program` for `results` and `own`."""
@@ -84,6 +97,6 @@ class Recorder:
         made = [x for x in results if id(x) in of]
         scratch = sorted((x for x, _ in self.buffers if not any(x is y for y in made)), key=lambda x: of[id(x)])
         place = {id(x): i for i, x in enumerate([*self.inputs, *made, *scratch])}
-        launches = [Launch(x, programs, tuple(place[id(t)] for t in tensors), rest) for x, programs, tensors, rest in self.launches]
+        launches = [Launch(x, programs, tuple(place[id(t)] for t in tensors), *rest) for x, programs, tensors, *rest in self.launches]
         buffers = [[Buffer(tuple(x.shape), x.dtype, of[id(x)]) for x in group] for group in (made, scratch)]
         _PROGRAMS[key] = Program(self.inputs[0].device, *buffers, launches, [place[id(x)] for x in results], own)

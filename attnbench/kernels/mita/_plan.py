@@ -85,6 +85,8 @@ class Plan:
     """whether gradients of an expert's keys are summed by the kernel that makes those of its queries"""
     grad_warps: int
     """of the kernels that sum gradients of landmarks"""
+    fork: bool
+    """whether queries are routed on a second stream, beside the landmark pass"""
 
     def segments(self, pairs: int, experts: int) -> int:
         """Bound on the segments of a head, whose experts are cut by length; without experts, how many there are."""
@@ -118,5 +120,5 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
         key_block=32 if big else 64, key_splits=min(-(-keys // 32), max(1, 2 * sms // heads)), finish_block=64 if dim <= 64 else 32,
         select_warps=4 if widest > 4096 else 2 if widest > 2048 else 1, attend_warps=4, attend_stages=2 if big else 1,
         query_warps=4, query_stages=2 if big else 3, select_regs=None if widest > 2048 else 96, attend_regs=None if big else 128,
-        query_regs=None, fused=k <= block_k, grad_warps=4,
+        query_regs=None, fused=k <= block_k, grad_warps=4, fork=True,
     )  # fmt: skip

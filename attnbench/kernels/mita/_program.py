@@ -8,6 +8,7 @@ one allocation; kernels get them as numbers, which spares a tensor each, and Tri
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -53,6 +54,35 @@ class Launch(NamedTuple):
     """which tensors it takes; in every kernel they come first"""
     rest: tuple[object, ...]
     """its other arguments"""
+    aside: bool
+    """whether it may run beside the launches that follow, until one that waits"""
+    waits: bool
+    """whether it needs what was launched aside"""
+
+
+class Side:
+    """A second stream of a device, for what may run beside the launches on the current one."""
+
+    def __init__(self, index: int) -> None:
+        self.index, self.stream = index, torch.cuda.Stream(index)
+        self.handle: int = self.stream.cuda_stream
+        self.begun, self.done = torch.cuda.Event(), torch.cuda.Event()
+
+    def fork(self) -> None:
+        """What follows here waits for what was launched on the current stream."""
+        self.begun.record(torch.cuda.current_stream(self.index))
+        self.stream.wait_event(self.begun)
+
+    def join(self) -> None:
+        """What follows on the current stream waits for what was launched here."""
+        self.done.record(self.stream)
+        torch.cuda.current_stream(self.index).wait_event(self.done)
+
+
+@lru_cache(maxsize=64)
+def side_of(index: int, stream: int) -> Side:
+    """The second stream of a stream: one each, so that calls on different streams do not wait for each other."""
+    return Side(index)
 
 
 class Program:
@@ -78,6 +108,9 @@ class Program:
         self.scratch, self.scratch_bytes = _places([x for x in scratch if not x.zeroed])
         self.launches = launches
         self.calls = [(*_entry(x.compiled), x.programs, _taker(x.places), x.rest) for x in launches]
+        asides = [x.aside for x in launches]
+        self.fork = asides.index(True) if True in asides else len(asides)
+        """the first launch aside"""
 
     def tensors(self, *inputs: Tensor) -> list[Tensor]:
         """Run; every result is a tensor of its own."""
@@ -120,8 +153,20 @@ class Program:
                 x.compiled[(x.programs, 1, 1)](*[pointers[i] for i in x.places], *x.rest)
             return
         stream = driver.active.get_current_stream(self.index)
-        for call, head, programs, take, rest in self.calls:
+        # what a profiler sees is to be each kernel's own time
+        calls = self.calls if torch._C._autograd._profiler_enabled() else self.calls[: self.fork]
+        for call, head, programs, take, rest in calls:
             call(programs, 1, 1, stream, *head, *take(pointers), *rest)
+        if len(calls) < len(self.calls):
+            self._forked(pointers, stream, side_of(self.index, stream))
+
+    def _forked(self, pointers: list[int], stream: int, side: Side) -> None:
+        """The launches from the first that is aside."""
+        side.fork()
+        for x, (call, head, programs, take, rest) in zip(self.launches[self.fork :], self.calls[self.fork :], strict=True):
+            if x.waits:
+                side.join()
+            call(programs, 1, 1, side.handle if x.aside else stream, *head, *take(pointers), *rest)
 
 
 def _places(buffers: Sequence[Buffer]) -> tuple[list[int], int]:
