@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from attnbench.executor import Hear
     from attnbench.suite import Case, Protocol
 
 LOSSES = 3
@@ -72,6 +73,9 @@ class RayExecutor:
     def free(self) -> int:
         """Idle workers that no waiting cell will take."""
         return sum(slot.future is None for slot in self._slots) - len(self._queue)
+
+    def listen(self, hear: Hear) -> None:
+        """Does nothing: how far a cell is stays on its node."""
 
     def start(self) -> dict[str, Any]:
         """Start a worker on every GPU and settle on the environment that most of them share. Raises `UserError` where none starts."""

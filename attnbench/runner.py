@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from attnbench import environment, executor, store
 from attnbench.energy import ABSENT
+from attnbench.errors import UserError
 from attnbench.record import Record, Status
 from attnbench.suite import TRAINED, Case
+from attnbench.tasks.accuracy import DRAWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from attnbench.executor import Executor
+    from attnbench.isolate import Progress
     from attnbench.shard import Shard
     from attnbench.suite import Suite
 
@@ -27,15 +31,16 @@ _NO_FAULT = (Status.OK, Status.UNSUPPORTED, Status.SKIPPED, Status.DIVERGED)
 
 @dataclass(frozen=True)
 class Event:
-    """Something that a sweep has to tell: a note, a cell that starts, or a record that was written."""
+    """Something that a sweep has to tell: a note, a cell that starts, how far a running one is, or a record that was written."""
 
-    kind: Literal["note", "start", "record"]
+    kind: Literal["note", "start", "progress", "record"]
     index: int
     """cells finished so far"""
     total: int
     case: Case | None = None
     record: Record | None = None
     message: str = ""
+    progress: Progress | None = None
 
 
 @dataclass
@@ -65,27 +70,41 @@ def sweep(
     plugins: Sequence[Path] = (),
     shard: Shard | None = None,
     place: Executor | None = None,
+    concurrent: int = 1,
     tell: Callable[[Event], None] = lambda _: None,
 ) -> Summary:
     """Run every case of `suite`, or of a `shard` of it, and store a record of each under `results/<suite>/<device>/`.
 
     With `resume`, cells that earlier runs settled on this very environment are left alone (`retry`: only those that were measured or
     unsupported), but where the protocol asks for a breakdown or energy, those measured without are measured again. Cells run on this
-    machine unless `place` says where. Raises `UserError` before anything runs where the suite or the folder is at fault; a failing cell is
-    a record.
+    machine unless `place` says where; of a suite that trains, `concurrent` of them at once. Raises `UserError` before anything runs where
+    the suite or the folder is at fault; a failing cell is a record.
     """
     planned = suite.planned()
     cases = shard.take(planned) if shard else planned
-    place = place or executor.Local(executor.Cells(device, suite.protocol, tuple(plugins), results / suite.name / CHECKPOINTS))
+    checkpoints = results / suite.name / CHECKPOINTS
+    place = place or _here(suite, device, plugins, checkpoints, concurrent)
     try:
         facts = place.start()
         with store.Store(store.folder(results, suite.name, facts["device"])) as target:
             place.notes[:0] = target.notes
             env_id = facts.pop("env_id")
             target.save_environment(env_id, facts)
-            return _Sweep(suite, device, env_id, place, target, tell, tuple(plugins), cases).run(resume=resume, retry=retry)
+            summary = _Sweep(suite, device, env_id, place, target, tell, tuple(plugins), cases).run(resume=resume, retry=retry)
+        shutil.rmtree(checkpoints / DRAWN, ignore_errors=True)  # drawn again in seconds, where another sweep needs it
+        return summary
     finally:
         place.stop()
+
+
+def _here(suite: Suite, device: str, plugins: Sequence[Path], checkpoints: Path, concurrent: int) -> Executor:
+    """This machine. Raises `UserError` where cells that are timed were to run beside each other."""
+    if concurrent > 1 and suite.task != TRAINED:
+        raise UserError(f"suite {suite.name} times its cells, which would slow each other down: leave out --concurrent")
+    cells = [executor.Cells(device, suite.protocol, tuple(plugins), checkpoints) for _ in range(concurrent)]
+    if concurrent == 1:
+        return executor.Local(cells[0])
+    return executor.Several(cells)
 
 
 @dataclass
@@ -105,6 +124,7 @@ class _Sweep:
     def __post_init__(self) -> None:
         self.summary = Summary(self.target.path)
         self.series = {case: store.series_of(case) for case in self.cases}
+        self.place.listen(self._hear)
 
     def run(self, *, resume: bool, retry: bool) -> Summary:
         """Run them in order, as many at once as the place takes, but the lengths of one series one after another."""
@@ -150,6 +170,9 @@ class _Sweep:
     def _finished(self) -> int:
         return self.summary.resumed + len(self.summary.records)
 
+    def _hear(self, case: Case, progress: Progress) -> None:
+        self.tell(Event("progress", self._finished, len(self.cases), case, progress=progress))
+
     def _pass_on_notes(self) -> None:
         while self.place.notes:
             self.tell(Event("note", self._finished, len(self.cases), message=self.place.notes.pop(0)))
@@ -167,7 +190,7 @@ class _Sweep:
         self.tell(Event("record", self._finished, len(self.cases), case, record))
 
     def _remember(self, record: Record) -> None:
-        if record.status in _TOO_LARGE:
+        if record.status in _TOO_LARGE and record.kept_steps is None:
             key = store.series_of(record.case)
             before = self.exhausted.get(key)
             if before is None or record.case.n < before.case.n:

@@ -38,6 +38,7 @@ FLAGS = {
     "run": {
         *("--results", "--device", "--method", "--axis", "--set", "--budget", "--resume", "--no-resume", "--retry", "--timeout"),
         *("--budget-s", "--breakdown", "--energy", "--quiet", "-q", "--json", "--plugin", "--shard", "--executor", "--address"),
+        "--concurrent",
     },
     "show": {"--n", "--batch", "--heads", "--dim", "--set", "--device", "--json", "--plugin"},
     "suites": {"--json"},

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnbench.cli._options import Axes, Budget, DeviceOption, MethodNames, Plugins, Settings, SuiteName, read_suite, with_plugins
+from attnbench.cli._options import Axes, Budget, Data, DeviceOption, MethodNames, Plugins, Settings, SuiteName, read_suite, with_folder, with_plugins
 from attnbench.cli._output import complain
 from attnbench.errors import UserError
 
@@ -32,6 +32,7 @@ def run(
     axis: Axes = [],
     set_: Settings = [],
     budget: Budget = None,
+    data: Data = None,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Leave alone what earlier runs settled on this environment.")
     ] = False,
@@ -48,17 +49,27 @@ def run(
     address: Annotated[
         str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster. Default: $RAY_ADDRESS, else this machine's.")
     ] = None,
+    concurrent: Annotated[
+        int, typer.Option("--concurrent", metavar="K", min=1, help="Cells at once on one device, only of suites that train.")
+    ] = 1,
 ) -> None:
     """Run a suite: check, time and measure every cell, each written to disk as soon as it ends.
 
     Results are only ever added to. Without --resume every cell is measured, those of earlier runs once more as further attempts; with
     it, a run that was interrupted goes on where it stopped. Exit code 1 where a cell failed, 130 where the run was interrupted.
     """
+    from attnbench import distributed
+    from attnbench.environment import pick_device
     from attnbench.shard import Shard
 
     with_plugins(plugin)
-    chosen = _protocol(read_suite(suite, axis, method, set_, budget), timeout, budget_s, breakdown or None, energy or None)
+    chosen = with_folder(read_suite(suite, axis, method, set_, budget), data, needed=True)
+    chosen = _protocol(chosen, timeout, budget_s, breakdown or None, energy or None)
     part = Shard.parse(shard) if shard else None
+    if executor is Place.RAY and concurrent > 1:
+        raise UserError("--concurrent is for one device of this machine, a cluster has one cell on each: leave it out")
+    if distributed.rank():
+        return distributed.follow(pick_device(device), plugin)
     kind, place = _place(chosen, results, device, executor, address, plugin)
     summary = _sweep(
         chosen,
@@ -66,7 +77,9 @@ def run(
         quiet=quiet,
         echo=json,
         **{"device": kind, "resume": resume or retry, "retry": retry, "plugins": plugin, "shard": part, "place": place},
+        concurrent=concurrent,
     )
+    distributed.end()
     _conclude(summary, json)
 
 
