@@ -1,18 +1,18 @@
 """Multi-query associative recall: key-value pairs first, then their keys again at power-law distances, each to be answered by its value.
 
 An example of N tokens starts with P pairs `k_1 v_1 ... k_P v_P`. After them each key is asked once: it stands at token `2 P + 2 g`, with
-gaps g drawn without replacement with probabilities `(g + 1)^(a - 1)`, a = 0.01, and a masked value behind it. All else is filler.
+gaps g drawn without replacement with probabilities `(g + 1)^(a - 1)`, a = 0.01. All else is the mask.
 
-        A 4 B 3 C 6 | x y B _ z x A _ ...      answers: B -> 3, A -> 4
+        A 4 B 3 C 6 | _ _ B _ _ _ A _ ...      answers: B -> 3, A -> 4
 
 Causal and bidirectional methods get the same batches: the answer is read at the asked key, and what follows it is masked, so that neither
 can see it. Keys come from the first half of the vocabulary, values from the second; token 0 is the mask.
 
 Difficulty, from Zoology: vocabulary 8192, and at N = 256 between 4 and 64 pairs. Pairs grow with N: N/64, N/32, N/16, N/8, N/4, each as
-often as the others. `group` is the number of pairs. Arora et al. 2023, https://arxiv.org/abs/2312.04927.
+often as the others. `group` is the number of pairs. Arora et al. 2023, https://arxiv.org/abs/2312.04927; empty places as in the
+configurations of their figure 2 (`random_non_queries=False`), https://github.com/HazyResearch/zoology.
 
-Departures: the token behind an asked key is the mask rather than filler, and filler never repeats a key of its example, so that every
-question has one answer; theirs repeats one with probability P / 8192 a token.
+Departures: numbers of pairs are mixed in training, theirs trains on N/16 pairs alone.
 """
 
 from __future__ import annotations
@@ -52,26 +52,18 @@ def batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
     most = choices[-1]
     ranks = np.arange(most)[None]
     used = ranks < count
-    order = rng.random((size, _KEYS - 1)).argsort(1) + 1
-    keys, spare = order[:, :most], order[:, most:]
+    keys = rng.random((size, _KEYS - 1)).argsort(1)[:, :most] + 1
     values = rng.random((size, _KEYS)).argsort(1)[:, :most] + _KEYS
-    tokens = _filler(rng, spare, n)
+    tokens = np.full((size, n), MASK, np.int64)
     row = np.broadcast_to(np.arange(size)[:, None], used.shape)[used]
     place = np.broadcast_to(2 * ranks, used.shape)[used]
     asked = (2 * count + 2 * _gaps(rng, count, n, most))[used]
     tokens[row, place], tokens[row, place + 1] = keys[used], values[used]
-    tokens[row, asked], tokens[row, asked + 1] = keys[used], MASK
+    tokens[row, asked] = keys[used]
     targets, mask = np.zeros((size, n), np.int64), np.zeros((size, n), bool)
     targets[row, asked], mask[row, asked] = values[used], True
     groups = torch.from_numpy(count.astype(np.int64)).repeat(1, n)
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(mask), groups)
-
-
-def _filler(rng: np.random.Generator, spare: np.ndarray, n: int) -> np.ndarray:
-    """Tokens `[B, N]`, each a value or one of the keys `spare: [B, ..]` with the odds of a uniform draw."""
-    size, left = spare.shape
-    drawn = rng.integers(0, left + _KEYS, (size, n))
-    return np.where(drawn < left, np.take_along_axis(spare, drawn.clip(max=left - 1), 1), drawn - left + _KEYS).astype(np.int64)
 
 
 def _gaps(rng: np.random.Generator, count: np.ndarray, n: int, most: int) -> np.ndarray:
@@ -94,7 +86,7 @@ TASK = TrainedTask(
     grid=sequence,
     chance=1 / _KEYS,
     lengths=(256, 1024, 4096),
-    source="Arora et al. 2023, Zoology, https://arxiv.org/abs/2312.04927; values asked are masked and filler repeats no key of its example",
+    source="Arora et al. 2023, Zoology, https://arxiv.org/abs/2312.04927; numbers of pairs are mixed",
     batch=batch,
     group="pairs",
 )
