@@ -62,7 +62,7 @@ class Group:
     @property
     def why_eager(self) -> str:
         """Why steps are not captured in a CUDA graph; empty where they may be."""
-        return "" if self.size == 1 else "several processes train together"
+        return "" if self.size == 1 else f"{self.size} processes train together"
 
     def share(self, task: TrainedTask, batch: int) -> TrainedTask:
         """The task as this process draws it: its rows of each batch. Raises `UserError` where they cannot be equally many."""

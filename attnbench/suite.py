@@ -144,6 +144,10 @@ _TRAINING = {f.name: f.default for f in fields(Case)[[f.name for f in fields(Cas
 """Field of training -> its default."""
 
 
+_LONGEST_S = 2_000_000
+"""operating systems count a wait in milliseconds of 31 bits"""
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How long to measure; it changes how sure a number is, not which number is sought."""
@@ -168,6 +172,8 @@ class Protocol:
         for name in ("half_width", "budget_s", "max_samples", "timeout_s", "gate_rows"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} = {getattr(self, name)} must be above 0")
+        if self.timeout_s > _LONGEST_S:
+            raise UserError(f"timeout_s = {self.timeout_s:g} must be at most {_LONGEST_S:g}, which is 23 days")
 
 
 @dataclass(frozen=True)

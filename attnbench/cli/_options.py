@@ -37,6 +37,9 @@ def complete_suite(incomplete: str) -> list[str]:
     return _built_in("attnbench.suites", ".toml", incomplete)
 
 
+FOLDER_TASK = "images"
+"""The trained task that reads a folder."""
+
 Plugins = Annotated[
     list[Path], typer.Option("--plugin", metavar="PATH", help="A .py file, or a folder of them, with further methods. Repeatable.")
 ]
@@ -62,6 +65,11 @@ Budget = Annotated[
         metavar="keys=K,...",
         help="Parameters with which a query reads about K keys or other hidden units, where a method has such.",
     ),
+]
+
+
+Data = Annotated[
+    Path | None, typer.Option("--data", metavar="PATH", help="The folder that the task images reads, with a sub-folder of images a class.")
 ]
 
 
@@ -106,6 +114,22 @@ def read_suite(name: str, axis: Sequence[str], method: Sequence[str], settings: 
     from attnbench.suite import load
 
     return load(name).override(read_axes(axis) | read_budget(budget), method, read_settings(settings))
+
+
+def with_folder(suite: "Suite", path: Path | None, *, needed: bool) -> "Suite":
+    """The suite whose task of images reads the folder `path`. Raises `UserError` where it has none, or where it is `needed` and None."""
+    from attnbench.suite import TRAINED
+
+    tasks = list(dict.fromkeys(case.data for case in suite.expand())) if suite.task == TRAINED else []
+    if path is None:
+        if needed and FOLDER_TASK in tasks:
+            raise UserError(f"suite {suite.name} reads a folder of images: give it with --data PATH, a sub-folder a class")
+        return suite
+    if not any(task.partition(":")[0] == FOLDER_TASK for task in tasks):
+        raise UserError(f"suite {suite.name} has no task that reads a folder: leave --data out, or add --axis data={FOLDER_TASK}")
+    if "," in str(path):
+        raise UserError(f"--data {path}: a comma separates values of an axis: give the folder another name, or a link to it")
+    return suite.override({"data": [f"{FOLDER_TASK}:{path.resolve()}" if task == FOLDER_TASK else task for task in tasks]}, [], {})
 
 
 def with_plugins(plugins: Sequence[Path]) -> None:

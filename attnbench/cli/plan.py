@@ -4,7 +4,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnbench.cli._options import Axes, Budget, Json, MethodNames, Plugins, Settings, SuiteName, read_suite, with_plugins
+from attnbench.cli._options import (
+    Axes,
+    Budget,
+    Data,
+    Json,
+    MethodNames,
+    Plugins,
+    Settings,
+    SuiteName,
+    read_suite,
+    with_folder,
+    with_plugins,
+)
 from attnbench.cli._output import emit_json, emit_table, si
 
 if TYPE_CHECKING:
@@ -22,6 +34,7 @@ def plan(
     axis: Axes = [],
     set_: Settings = [],
     budget: Budget = None,
+    data: Data = None,
     flops: Annotated[float | None, typer.Option("--flops", metavar="TFLOP/S", help="Rate of matrix products. Default: an H100's.")] = None,
     bandwidth: Annotated[float | None, typer.Option("--bandwidth", metavar="TB/S", help="Memory bandwidth. Default: an H100's.")] = None,
     json: Json = False,
@@ -31,7 +44,7 @@ def plan(
     from attnbench import plan as planning
 
     with_plugins(plugin)
-    chosen = read_suite(suite, axis, method, set_, budget)
+    chosen = with_folder(read_suite(suite, axis, method, set_, budget), data, needed=False)
     ceilings = _ceilings(flops, bandwidth)
     asked = chosen.planned()
     cells = [planning.predict(case, ceilings) for case in asked]

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from attnbench.cli._options import Axes, Budget, Data, DeviceOption, MethodNames, Plugins, Settings, SuiteName, read_suite, with_folder, with_plugins
+from attnbench.cli._options import (
+    Axes,
+    Budget,
+    Data,
+    DeviceOption,
+    MethodNames,
+    Plugins,
+    Settings,
+    SuiteName,
+    read_suite,
+    with_folder,
+    with_plugins,
+)
 from attnbench.cli._output import complain
 from attnbench.errors import UserError
 
@@ -69,7 +81,8 @@ def run(
     if executor is Place.RAY and concurrent > 1:
         raise UserError("--concurrent is for one device of this machine, a cluster has one cell on each: leave it out")
     if distributed.rank():
-        return distributed.follow(pick_device(device), plugin)
+        distributed.follow(pick_device(device), plugin)
+        raise typer.Exit
     kind, place = _place(chosen, results, device, executor, address, plugin)
     summary = _sweep(
         chosen,
