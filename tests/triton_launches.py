@@ -153,7 +153,7 @@ def in_turn(log: list[Any], given: set[int]) -> list[Any]:
         lanes = {lane: [x for x in log[begun + 1 : done] if x[0] == lane] for lane in (MAIN, SIDE)}
         assert all(lanes.values()), "nothing runs side by side"
         main, side = ({address(a) for x in lane for a in x[4][: POINTERS[NAMES[x[1]]]]} for lane in lanes.values())
-        landmarks = {address(x[4][1]) for x in lanes[SIDE] if NAMES[x[1]] == "gate_kernel"}
+        landmarks = {address(x[4][1]) for x in lanes[MAIN] if NAMES[x[1]] == "gate_kernel"}
         assert main & side <= given | landmarks, "a buffer is used on both streams"
     assert all(x[0] == MAIN for i, x in enumerate(log) if not marks or not begun <= i <= done)
     return [x for x in log if x[0] != MARK]

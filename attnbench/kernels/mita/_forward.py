@@ -1,6 +1,6 @@
 """The forward pass: six launches, seven when a query reads several experts.
 
-Once the landmarks are known, queries are routed beside the pass over the keys, which both wait for memory and for themselves.
+Once the landmarks are known, experts are built on a second stream while queries are routed: selection waits more than it computes.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def build_experts(launch: Recorder, r: Tensor, k: Tensor, v: Tensor, top: int, s
     launch(
         select_kernel, heads * m,
         r, k, chunk_max, acc, top_part, sum_part, value, stat, index, list_, score, *k.stride()[:3], h, n, splits, chunks, groups,
-        K=top, PG=p.group, BG=power(groups), KP=width, BS=min(16, power(splits)), BC=min(64, width * p.chunk), **common,
+        K=top, PG=p.group, BG=power(groups), KP=width, BS=min(16, power(splits)), BC=min(p.select_block, width * p.chunk), **common,
         num_warps=p.select_warps, maxnreg=p.select_regs,
     )  # fmt: skip
     return value, stat, index
@@ -180,12 +180,12 @@ def first_forward(launch: Recorder, setting: Setting) -> tuple[Tensor, ...]:
     m = given[0].shape[2] if given else setting.grid[3] * setting.grid[4]
     top, s, _, p = sizes(q, k, v, m, setting)
     r = given[0] if given else pooled(launch, q, setting.grid, p)
+    with launch.aside(p.fork and setting.routed):
+        value, stat, index = build_experts(launch, r, k, v, top, setting, p)
     if setting.routed:
-        with launch.aside(p.fork):
-            order, start, segment = route(launch, q, r, s, p)
+        order, start, segment = route(launch, q, r, s, p)
     else:
         order, start, segment = (launch.empty(*q.shape[:2], *none, dtype=torch.int32) for none in ((0,), (0,), (0, 4)))
-    value, stat, index = build_experts(launch, r, k, v, top, setting, p)
     launch.join()
     out, lse = attend(launch, q, k, v, r, value, (index, order, segment), top, s, setting, p)
     return out, lse, r, value, stat, index, order, start, segment

@@ -74,6 +74,8 @@ class Plan:
     attend_stages: int
     query_stages: int
     select_warps: int
+    select_block: int
+    """keys that the selection scores at a time"""
     attend_warps: int
     query_warps: int
     """of the kernel that makes gradients of queries"""
@@ -86,7 +88,7 @@ class Plan:
     grad_warps: int
     """of the kernels that sum gradients of landmarks"""
     fork: bool
-    """whether queries are routed on a second stream, beside the landmark pass"""
+    """whether experts are built on a second stream while queries are routed"""
 
     def segments(self, pairs: int, experts: int) -> int:
         """Bound on the segments of a head, whose experts are cut by length; without experts, how many there are."""
@@ -118,7 +120,7 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
         tile=tile, length=min(512, max(LEAST_LENGTH, power(heads * n * s / (8 * sms)))), grad_tile=tile,
         stream=min(2048, max(128, power(heads * n / (2 * sms)))),
         key_block=32 if big else 64, key_splits=min(-(-keys // 32), max(1, 2 * sms // heads)), finish_block=64 if dim <= 64 else 32,
-        select_warps=4 if widest > 4096 else 2 if widest > 2048 else 1, attend_warps=4, attend_stages=2 if big else 1,
+        select_warps=4 if widest > 4096 else 2 if widest > 2048 else 1, select_block=64, attend_warps=4, attend_stages=2 if big else 1,
         query_warps=4, query_stages=2 if big else 3, select_regs=None if widest > 2048 else 96, attend_regs=None if big else 128,
         query_regs=None, fused=k <= block_k, grad_warps=4, fork=True,
     )  # fmt: skip

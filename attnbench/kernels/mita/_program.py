@@ -61,10 +61,10 @@ class Launch(NamedTuple):
 
 
 class Side:
-    """A second stream of a device, for what may run beside the launches on the current one."""
+    """A second stream of a device, for what may run beside the launches on the current one, and goes first where both are ready."""
 
     def __init__(self, index: int) -> None:
-        self.index, self.stream = index, torch.cuda.Stream(index)
+        self.index, self.stream = index, torch.cuda.Stream(index, priority=-1)
         self.handle: int = self.stream.cuda_stream
         self.begun, self.done = torch.cuda.Event(), torch.cuda.Event()
 
