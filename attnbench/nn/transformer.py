@@ -83,6 +83,12 @@ class TinyTransformer(nn.Module):
     >>> model = TinyTransformer(Architecture(vocabulary=16, classes=10, tokens=64, dim=32, method="mita", params={"topk": 8}))
     >>> model(torch.zeros(2, 64, dtype=torch.long)).shape
     torch.Size([2, 10])
+    >>> sizes = {"features": 768, "tokens": 16, "grid": (4, 4), "dim": 48, "heads": 3, "positions": "learned", "class_token": True}
+    >>> vit = TinyTransformer(Architecture(**sizes, classes=5, method="agent", params={"landmarks": 4}))
+    >>> scores = vit(torch.randn(2, 16, 768))  # patches, as `attnbench.tasks.images.patches` cuts them
+    >>> torch.nn.functional.cross_entropy(scores, torch.tensor([1, 4])).backward()
+    >>> vit.parameter_count - vit.mixing_count == TinyTransformer(Architecture(**sizes, classes=5)).parameter_count
+    True
     """
 
     def __init__(self, architecture: Architecture) -> None:

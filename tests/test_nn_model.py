@@ -1,0 +1,80 @@
+"""The parts around the attention layer: examples that run, stochastic depth, biases, and checkpoints of older models."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+import torch
+
+import attnbench.nn
+from attnbench.errors import UserError
+from attnbench.nn import Architecture, Block, TinyTransformer, built
+from attnbench.nn.block import DropPath
+
+SIZES = {"vocabulary": 32, "tokens": 16, "dim": 16, "heads": 2, "depth": 3}
+PUBLIC = [name for name in attnbench.nn.__all__ if isinstance(getattr(attnbench.nn, name), type) and name != "Architecture"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_layer_has_an_example(name: str) -> None:
+    found = doctest.DocTestFinder(recurse=False).find(getattr(attnbench.nn, name), name)
+    assert found
+    assert len(found[0].examples) >= 6
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.iter_modules(attnbench.nn.__path__)])
+def test_examples_run(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(f"attnbench.nn.{name}")).failed == 0
+
+
+def test_stochastic_depth_skips_whole_examples_in_training_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    layer, x = DropPath(0.25), torch.ones(20_000, 2, 3)
+    out = layer(x)
+    skipped = out[:, 0, 0] == 0
+    assert torch.equal(out, torch.where(skipped[:, None, None], 0.0, x / 0.75))
+    assert float(skipped.double().mean()) == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / len(x)) ** 0.5)  # four standard deviations
+    assert layer.eval()(x) is x
+    for rate in (-0.1, 1.0):
+        with pytest.raises(UserError, match="must be at least 0 and below 1"):
+            DropPath(rate)
+
+
+def test_depths_are_skipped_in_proportion_and_none_draws_nothing() -> None:
+    model = TinyTransformer(Architecture(**SIZES, drop_path=0.2))
+    assert [block.drop_path.rate for block in model.blocks] == [0.0, 0.1, 0.2]
+    for rate, draws in ((0.0, False), (0.1, True)):
+        block = Block(16, 2, drop_path=rate)
+        state = torch.get_rng_state()
+        block.train()(torch.zeros(1, 4, 16))
+        assert torch.equal(state, torch.get_rng_state()) != draws
+
+
+def test_a_bias_of_the_projection_is_asked_for_and_starts_at_zero() -> None:
+    plain, biased = (TinyTransformer(Architecture(**SIZES, qkv_bias=bias)) for bias in (False, True))
+    assert biased.parameter_count - plain.parameter_count == 3 * 3 * 16
+    assert all(not block.attention.qkv.bias.any() for block in biased.blocks)
+
+
+def test_checkpoints_without_newer_fields_are_of_the_plain_model() -> None:
+    own = Architecture(**SIZES)
+    older = {k: v for k, v in own.as_dict().items() if k not in {"qkv_bias", "drop_path", "library"}}
+    assert own.differences(older) == []
+    assert Architecture(**SIZES, drop_path=0.1).differences(older) == ["drop_path = 0.0 there, 0.1 here"]
+
+
+def test_a_library_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "timm.models.vision_transformer", None)
+    sizes = {"features": 768, "tokens": 4, "grid": (2, 2), "dim": 16, "positions": "learned", "library": "timm"}
+    with pytest.raises(UserError, match=r"pip install 'attnbench\[timm\]', or take model = vit"):
+        built(Architecture(**sizes))
+    for change, words in (
+        ({"grid": None}, "reads square images"),
+        ({"features": 5}, "reads square images"),
+        ({"positions": "none"}, "set positions"),
+    ):
+        with pytest.raises(UserError, match=words):
+            built(Architecture(**{**sizes, **change}))
