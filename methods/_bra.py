@@ -97,7 +97,10 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         (q, k, v, out, lse), (segments, tokens) = ctx.saved_tensors, ctx.layout
         keys, values = k.index_select(0, tokens), v.index_select(0, tokens)
-        dq, dkeys, dvalues = _segments.backward(grad, _segments.Saved(q, keys, values, out, lse), segments)
+        saved = _segments.Saved(q, keys, values, out, lse)
+        if _segments.lacks(out, q):
+            saved = saved._replace(slack=_segments.slack(grad, saved, segments))
+        dq, dkeys, dvalues = _segments.backward(grad, saved, segments)
         return dq, _added(dkeys, tokens, segments, k), _added(dvalues, tokens, segments, v), None
 
 

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_WIDEST = 256
+"""head dimensions of flash attention"""
+
+
 class Layout(NamedTuple):
     """Where segments begin and end, and how they are attended."""
 
@@ -50,6 +54,8 @@ class Saved(NamedTuple):
     """`[R, H, Dv]`, of the softmax over these keys and any others, of `kept_dtype`"""
     lse: Tensor
     """`[H, R]`, likewise; +inf where a row reads nothing"""
+    slack: Tensor | None = None
+    """`[R, H]`, what `grad . out` lacks since the output was rounded; None where it lacks nothing"""
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
@@ -63,17 +69,36 @@ def forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tensor, Te
 def backward(grad: Tensor, saved: Saved, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.
 
-    With `p = exp(scale q.k - lse)` and `delta = grad . out`: `dv = p^T grad`, `ds = p (grad v^T - delta)`.
+    With `p = exp(scale q.k - lse)` and `delta = grad . out + slack`: `dv = p^T grad`, `ds = p (grad v^T - delta)`. The slack becomes a
+    channel of the output where the gradient is 1 and values are 0.
     """
-    return _flash_backward(grad, saved, layout) if grad.is_cuda else _loop_backward(grad, saved, layout)
+    run = _flash_backward if grad.is_cuda else _loop_backward
+    if saved.slack is None:
+        return run(grad, saved, layout)
+    out = torch.cat([saved.out, saved.slack.unsqueeze(-1).to(saved.out.dtype)], -1)
+    dq, dk, dv = run(pad(grad, (0, 1), value=1.0), saved._replace(v=pad(saved.v, (0, 1)), out=out, slack=None), layout)
+    return dq, dk, dv[..., :-1]
+
+
+def slack(grad: Tensor, saved: Saved, layout: Layout) -> Tensor:
+    """`[R, H]`: `sum_j p (grad v^T - grad . out)`, over all keys that a row reads what `grad . out` lacks.
+
+    It is the gradient of a channel where queries are 0 and keys are 1, by a backward pass of its own.
+    """
+    dq, _, _ = backward(grad, saved._replace(q=pad(saved.q, (0, 1)), k=pad(saved.k, (0, 1), value=1.0)), layout)
+    return wide(dq[..., -1]) / layout.scale
+
+
+def lacks(out: Tensor, q: Tensor) -> bool:
+    """Whether such outputs, of queries `q`, are rounded so that their slack is worth a pass, and there is a channel left for it.
+
+    Where one key carries a softmax `grad v^T - delta` is a small difference, which the rounding of the output would swamp.
+    """
+    return out.element_size() == 2 and max(q.shape[-1], out.shape[-1]) < _WIDEST
 
 
 def kept_dtype(q: Tensor) -> torch.dtype:
-    """The type of the output that the backward pass takes.
-
-    Flash attention wants that of q. Where one key carries a softmax, `grad v^T - delta` is a small difference, and rounded outputs
-    are what limits its accuracy: the loop takes them wide.
-    """
+    """The type of the output that the backward pass takes: flash attention wants that of q, the loop takes it wide."""
     return q.dtype if q.is_cuda else torch.promote_types(q.dtype, torch.float32)
 
 
@@ -112,7 +137,7 @@ def _loop_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Tens
 
 
 def _loop_backward(grad: Tensor, saved: Saved, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, out, lse = saved
+    q, k, v, out, lse, _ = saved
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     heads, groups = q.shape[1], k.shape[1]
     delta = (wide(grad) * wide(out)).sum(-1).T.unsqueeze(-1)
@@ -144,7 +169,7 @@ def _flash_forward(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> tuple[Ten
 
 
 def _flash_backward(grad: Tensor, saved: Saved, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, out, lse = saved
+    q, k, v, out, lse, _ = saved
     grad3, q3, k3, v3, out3 = _padded(_flash_width(q, v), grad, q, k, v, out)
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of the random generator: there is no dropout
     dq, dk, dv = torch.ops.aten._flash_attention_backward(

@@ -8,7 +8,7 @@ A key that reaches a query through two parts counts twice.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -141,17 +141,38 @@ class _MergedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, out, lse, *tensors = ctx.saved_tensors
+        parts = list(zip(ctx.rows, ctx.layouts, tensors[::2], tensors[1::2], strict=True))
+        kept = _Kept(grad, q, out, lse)
+        if _segments.lacks(out, q):
+            found = [_segments.slack(*kept.of(part), part[1]) if part[1].max_q else lse[:0, None] for part in parts]
+            kept = kept._replace(slack=add_up(lse.new_empty(len(q), 1), found, ctx.rows))
         dq_parts, grads = [], []
-        for row, layout, k, v in zip(ctx.rows, ctx.layouts, tensors[::2], tensors[1::2], strict=True):
+        for part in parts:
+            _, layout, k, v = part
             if layout.max_q:
-                taken = [row.take(x).unsqueeze(1) for x in (grad, q, out)]
-                saved = _segments.Saved(taken[1], k.unsqueeze(1), v.unsqueeze(1), taken[2], row.take(lse)[None])
-                dq, dk, dv = (x.squeeze(1) for x in _segments.backward(taken[0], saved, layout))
+                dq, dk, dv = (x.squeeze(1) for x in _segments.backward(*kept.of(part), layout))
             else:
                 dq, dk, dv = q.new_empty(0, q.shape[1]), torch.zeros_like(k), torch.zeros_like(v)
             dq_parts.append(dq)
             grads += [dk, dv]
         return (add_up(torch.empty_like(q), dq_parts, ctx.rows), None, None, *grads)
+
+
+class _Kept(NamedTuple):
+    """What the backward pass has of each row."""
+
+    grad: Tensor
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+    slack: Tensor | None = None
+
+    def of(self, part: tuple[Rows, _segments.Layout, Tensor, Tensor]) -> tuple[Tensor, _segments.Saved]:
+        """The gradient of the output, and what else a part needs, in its order of rows."""
+        rows, _, k, v = part
+        grad, q, out = (rows.take(x).unsqueeze(1) for x in (self.grad, self.q, self.out))
+        slack = None if self.slack is None else rows.take(self.slack)
+        return grad, _segments.Saved(q, k.unsqueeze(1), v.unsqueeze(1), out, rows.take(self.lse)[None], slack)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, layout: _segments.Layout) -> tuple[Tensor, Tensor]:
