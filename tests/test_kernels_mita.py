@@ -133,6 +133,15 @@ def test_every_level_of_the_selection_is_exact(monkeypatch, chunk, group):
     assert torch.equal(index.long(), (r @ k.mT).topk(9, -1).indices.sort(-1).values)
 
 
+def test_programs_that_take_several_segments_give_the_same(monkeypatch):
+    import dataclasses
+
+    make, (q, k, v) = launches.plan, inputs(h=1, n=150)
+    want = mita_forward(q, k, v, None, 7, 1, True, True, 0.2, 0.1, [0, 1, 150, 1, 4])[0]
+    monkeypatch.setattr(launches, "plan", lambda *args: dataclasses.replace(make(*args), run=3))
+    assert torch.equal(mita_forward(q, k, v, None, 7, 1, True, True, 0.2, 0.1, [0, 1, 150, 1, 4])[0], want)
+
+
 def test_strided_inputs_equal_contiguous_ones():
     x = torch.randn(1, 40, 3, 2, 32, device=DEVICE)
     q, k, v = x.permute(2, 0, 3, 1, 4)

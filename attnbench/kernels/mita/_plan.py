@@ -61,7 +61,9 @@ class Plan:
     tile: int
     """queries that the attention kernel reads at a time"""
     length: int
-    """queries of one expert that one program of the attention kernels handles"""
+    """queries of one expert in a segment, which one program of the attention kernels handles at a time"""
+    run: int
+    """segments that a program of the forward pass's attention handles"""
     grad_tile: int
     """queries that the kernels of the backward pass read at a time"""
     stream: int
@@ -117,7 +119,7 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
         block_m=block_m, block_k=block_k, pool_block=64 if n // m >= 64 else 32, probe_block=probe_block,
         probe_tiles=probe_tiles, probe_splits=min(blocks, max(1, 2 * sms // (heads * probe_tiles))), chunk=chunk, group=group,
         gate_rows=max(rows, gate_block), gate_block=gate_block, gate_warps=8 if mp > 64 else 4,
-        tile=tile, length=min(512, max(LEAST_LENGTH, power(heads * n * s / (8 * sms)))), grad_tile=tile,
+        tile=tile, length=min(512, max(LEAST_LENGTH, power(heads * n * s / (8 * sms)))), run=1, grad_tile=tile,
         stream=min(2048, max(128, power(heads * n / (2 * sms)))),
         key_block=32 if big else 64, key_splits=min(-(-keys // 32), max(1, 2 * sms // heads)), finish_block=64 if dim <= 64 else 32,
         select_warps=4 if widest > 4096 else 2 if widest > 2048 else 1, select_block=64, attend_warps=4, attend_stages=2 if big else 1,
