@@ -143,8 +143,8 @@ def attend(
         attend_kernel, b * h * -(-segments // p.run),
         q, k, v, r, value, index, order, segment, part, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         h, n, segments, segment.shape[2], setting.scale, setting.shared_scale, G=h // k.shape[1], M=m, K=top, S=s, D=d, DV=dv,
-        LENGTH=p.length, RUN=p.run, T=p.tile, BM=p.block_m, BK=p.block_k, BD=p.dim, BDV=p.dim_v, SHARED=setting.shared, ROUTED=setting.routed,
-        PREC=p.prec, num_warps=p.attend_warps, num_stages=p.attend_stages, maxnreg=p.attend_regs,
+        LENGTH=p.length, RUN=p.run, T=p.tile, BM=p.block_m, BK=p.block_k, BD=p.dim, BDV=p.dim_v, SHARED=setting.shared,
+        ROUTED=setting.routed, PREC=p.prec, num_warps=p.attend_warps, num_stages=p.attend_stages, maxnreg=p.attend_regs,
     )  # fmt: skip
     if s > 1:
         blocks = -(-n // 64)
