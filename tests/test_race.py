@@ -1,0 +1,103 @@
+"""Rates that train side by side: the same result as one after another, whatever is killed in between."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from training_support import model, noise, recipe, task
+
+from attnbench.race import _next_size, _stop, race
+from attnbench.tasks import accuracy
+from attnbench.train import Trainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+RATES = (1e-4, 1e-2, 3e-2)
+
+
+def settings(rate: float, **changes: object) -> object:
+    return recipe(steps=60, rate=rate, batch=32, evaluations=12, weight_decay=0.0, **changes)
+
+
+def trainer(rate: float, folder: Path | None = None, **changes: object) -> Trainer:
+    return Trainer(model(), task(), settings(rate, target=0.9, **changes), path=folder / f"{rate:g}.pt" if folder else None, save_s=0.0)
+
+
+def curves(fits: list) -> list:
+    return [(fit.step, fit.losses, fit.validation) for fit in fits]
+
+
+def test_side_by_side_is_one_after_another() -> None:
+    together = [trainer(rate) for rate in RATES]
+    end = race(together)
+    assert end < 60, "it ends where the first reaches the target"
+    assert {t.fit.step for t in together} == {end}
+    assert max(t.fit.reached for t in together) >= 0.9
+    in_turn = accuracy._in_turn(trainer, RATES)
+    assert curves(in_turn.fits) == curves([t.fit for t in together])
+    chosen = accuracy._chosen([t.fit for t in together], [t.model.state_dict() for t in together])
+    assert chosen.best == in_turn.best
+    assert chosen.fits[chosen.best].reached == max(fit.reached for fit in chosen.fits)
+    assert all(torch.equal(x, in_turn.state[name]) for name, x in chosen.state.items())
+
+
+@pytest.mark.parametrize("at", [5, 7])
+def test_a_race_that_was_killed_ends_as_if_it_had_not_been(tmp_path: Path, at: int) -> None:
+    whole = [trainer(rate) for rate in RATES]
+    race(whole)
+
+    def kill(own: Trainer) -> None:
+        if own.fit.step == at:
+            raise KeyboardInterrupt
+
+    first = [trainer(rate, tmp_path) for rate in RATES]
+    first[1].tell = kill  # the first has saved this step, the last has not
+    with pytest.raises(KeyboardInterrupt):
+        race(first)
+    second = [trainer(rate, tmp_path) for rate in RATES]
+    assert [t.fit.step for t in second] == [at, at, at - 1]
+    race(second)
+    assert curves([t.fit for t in second]) == curves([t.fit for t in whole])
+    for mine, theirs in zip(second, whole, strict=True):
+        assert all(torch.equal(x, theirs.model.state_dict()[name]) for name, x in mine.model.state_dict().items())
+    assert curves([t.fit for t in [trainer(rate, tmp_path) for rate in RATES]]) == curves([t.fit for t in whole]), "the end is saved"
+
+
+def test_a_rate_that_diverges_leaves_the_others_in_the_race() -> None:
+    own = [Trainer(model(per_token=True), task(batch=noise, per_token=True), recipe(rate=rate)) for rate in (1e-3, 2e-3)]
+    step = own[1].step
+    own[1].step = lambda batch: step(batch) * float("nan" if own[1].fit.step == 5 else 1)
+    assert race(own) == 12
+    assert [(t.fit.diverged, t.fit.step) for t in own] == [(False, 12), (True, 6)]
+    chosen = accuracy._chosen([t.fit for t in own], [{}, {}])
+    assert chosen.best == 0
+
+
+def test_models_side_by_side_share_each_batch() -> None:
+    drawn = []
+
+    def counting(split, index, size, n, seed):
+        drawn.append((split, index))
+        return noise(split, index, size, n, seed)
+
+    shared = task(batch=counting, per_token=True)
+    first = Trainer(model(per_token=True), shared, recipe(rate=1e-3))
+    race([first, Trainer(model(per_token=True), shared, recipe(rate=2e-3), data=first.batches)])
+    assert [index for split, index in drawn if split == "train"] == list(range(12))
+
+
+def test_the_host_looks_at_every_point_and_waits_for_a_gpu_about_once_a_second() -> None:
+    own = trainer(1e-3)
+    own.device = "cuda"
+    own.recipe = recipe(steps=1000, evaluations=20)  # a point every 10 steps, an evaluation every 50
+    stops = []
+    while own.fit.step < 60:
+        own.fit.step = _stop(own, 8)
+        stops.append(own.fit.step)
+    assert stops == [8, 10, 18, 20, 28, 30, 38, 40, 48, 50, 58, 60]
+    assert [_next_size(16, s) for s in (0.1, 0.5, 2.0)] == [32, 16, 8]
+    assert _next_size(64, 0.1) == 64
+    assert _next_size(1, 60.0) == 1
