@@ -143,15 +143,16 @@ def _train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> _
 
 def _side_by_side(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> _Outcome | None:
     """All rates at once; None where their memory does not fit."""
+    trainers: list[Trainer] = []
     try:
-        trainers = [trainer(rate) for rate in tried]
+        trainers += [trainer(rate) for rate in tried]
         race(trainers)
+        return replace(_chosen([t.fit for t in trainers], [_weights(t) for t in trainers]), together=len(tried))
     except torch.OutOfMemoryError:
-        trainers = []
-        gc.collect()
-        torch.cuda.empty_cache()
-        return None
-    return replace(_chosen([t.fit for t in trainers], [_weights(t) for t in trainers]), together=len(tried))
+        pass  # only behind it nothing holds what it held
+    trainers.clear()
+    _let_go()
+    return None
 
 
 def _in_turn(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> _Outcome:
@@ -162,7 +163,16 @@ def _in_turn(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> _Ou
         end = race([one], end)
         fits.append(one.fit)
         states.append(_weights(one))
+        del one
+        _let_go()
     return _chosen([fit.upto(end) if end else fit for fit in fits], states)
+
+
+def _let_go() -> None:
+    """Free models that nothing holds but themselves, and their graphs."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _chosen(fits: Sequence[Fit], states: Sequence[dict[str, Tensor]]) -> _Outcome:
@@ -189,25 +199,28 @@ class _Report:
     """Tells whoever runs this cell how far it is, about once a second."""
 
     def __init__(self, steps: int, models: int) -> None:
-        self.total, self.models = steps * models, models
-        self.trainers: list[Trainer] = []
+        self.total = steps * models
+        self.heard: dict[float, tuple[int, int, float, float]] = {}
+        """rate -> steps taken, steps that a checkpoint holds, loss, accuracy; no model, so that those that are done are let go"""
         self.begun, self.last = 0, 0.0
+        report(Progress(0, self.total, "drawing examples"))
 
     def watch(self, trainer: Trainer) -> Trainer:
         """Tell of this model too."""
-        self.trainers = [t for t in self.trainers if t.recipe.rate != trainer.recipe.rate] + [trainer]
-        self.begun += trainer.kept
+        if trainer.recipe.rate not in self.heard:
+            self.begun += trainer.kept
         trainer.tell = self
         return trainer
 
-    def __call__(self, _: Trainer) -> None:
+    def __call__(self, trainer: Trainer) -> None:
+        self.heard[trainer.recipe.rate] = trainer.fit.step, trainer.kept, trainer.loss, trainer.fit.reached
         now = time.perf_counter()
         if now - self.last < _TELL_S:
             return
         self.last = now
-        best = max(self.trainers, key=lambda t: t.fit.reached)
-        text = f"loss {min(t.loss for t in self.trainers):.3f}, accuracy {best.fit.reached:.3f} at rate {best.recipe.rate:g}"
-        done, kept = (sum(getattr(x, name) for x in xs) for name, xs in (("step", [t.fit for t in self.trainers]), ("kept", self.trainers)))
+        done, kept = sum(x[0] for x in self.heard.values()), sum(x[1] for x in self.heard.values())
+        best = max(self.heard, key=lambda rate: self.heard[rate][3])
+        text = f"loss {self.heard[best][2]:.3f}, accuracy {self.heard[best][3]:.3f} at rate {best:g}"
         report(Progress(done, self.total, text, kept=kept, gained=kept > self.begun))
 
 
