@@ -212,9 +212,11 @@ def built(architecture: Architecture) -> TinyTransformer:
 def waves(architecture: Architecture) -> Tensor:
     """Where learned positions start: sines and cosines `[N, C]` of the position, on a grid half of them of the row and half of the column.
 
-    A shift by one token is then a rotation, the same everywhere. Vaswani et al. 2017, https://arxiv.org/abs/1706.03762.
+    A shift by one token is then a rotation, the same everywhere. Vaswani et al. 2017, https://arxiv.org/abs/1706.03762; but their base of
+    10000 is N here, so that the longest wave is 2 pi N: longer ones tell no token from the next, and recall was learned later or, without
+    a causal mask, not at all.
     """
     sizes = architecture.grid or (architecture.tokens,)
-    turns = _rotary.angles(sizes, architecture.dim, 10_000.0, 0, torch.device("cpu"))
+    turns = _rotary.angles(sizes, architecture.dim, float(max(2, *sizes)), 0, torch.device("cpu"))
     both = torch.cat([turns.sin(), turns.cos()], 1).float()
     return pad(both, (0, architecture.dim - both.shape[1]))
