@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+from training_support import recipe, task
 
 import attnbench
 import attnbench.integrations.timm as drop_in
@@ -23,6 +24,10 @@ from attnbench.errors import UserError
 from attnbench.integrations._masks import is_causal_mask
 from attnbench.integrations.timm import PRESETS, SwappedAttention, preset, restore, swap_attention
 from attnbench.integrations.transformers import AttentionFunction, prepare, register
+from attnbench.nn import Architecture, built
+from attnbench.tasks.images import patches
+from attnbench.tasks.trained import Batch
+from attnbench.train import Trainer
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,6 +69,16 @@ def test_softmax_is_scaled_dot_product_attention(causal: bool, scaling: float | 
     assert weights is None
     want = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scaling, enable_gqa=True)
     torch.testing.assert_close(out, want.transpose(1, 2))
+
+
+def test_a_method_whose_parameters_have_nothing_to_learn_needs_no_preparing() -> None:
+    q, k, v = qkv(kv_heads=4)
+    layer = Layer(causal=False)
+    out, _ = function("nystromformer", landmarks=4, conv=0)(layer, q, k, v, None)
+    assert torch.equal(out, attnbench.get("nystromformer")(q, k, v, landmarks=4, conv=0).transpose(1, 2))
+    assert not layer._modules
+    with pytest.raises(UserError, match="prepare"):
+        function("nystromformer", landmarks=4, conv=3)(layer, q, k, v, None)
 
 
 def test_the_last_query_reads_all_cached_keys() -> None:
@@ -108,6 +123,11 @@ def test_masks_are_read_for_what_they_hide(form: Callable[[Tensor], Tensor]) -> 
             is_causal_mask(form(mask), *mask.expand(1, 1, mask.shape[2], -1).shape[2:] if mask.shape[0] == 1 else (8, 8), "x")
     with pytest.raises(UserError, match="cannot add a bias"):
         is_causal_mask(torch.randn(1, 1, 8, 8), 8, 8, "x")
+    mixed = torch.stack([HALF, torch.ones_like(HALF)])[:, None]  # another for each example
+    lengths = HALF  # of eight examples of up to eight tokens, not of queries and keys
+    for mask in (mixed, lengths):
+        with pytest.raises(UserError, match="cannot honour this attention mask"):
+            is_causal_mask(form(mask), 8, 8, "x")
 
 
 def test_a_mask_says_more_than_the_layer() -> None:
@@ -131,7 +151,8 @@ def test_a_mask_says_more_than_the_layer() -> None:
         ("linear", True, 1, {}, "pass use_cache=False"),
         ("mita", True, 8, {}, "has no causal form"),
         ("mita", False, 8, {}, "exceeds N = 8: lower landmarks"),
-        ("linformer", False, 8, {}, "prepare"),
+        ("linformer", False, 8, {}, "rank = 256 exceeds M"),
+        ("focused_linear", False, 8, {}, "prepare"),
     ],
 )
 def test_what_cannot_be_honoured_is_one_line(label: str, causal: bool, n: int, options: dict[str, Any], message: str) -> None:
@@ -248,6 +269,26 @@ def test_padding_is_refused_and_a_full_mask_is_none(kind: str) -> None:
     torch.testing.assert_close(ours(x, attention_mask=full).last_hidden_state, ours(x).last_hidden_state)
     with pytest.raises(UserError, match="cannot honour this attention mask"):
         ours(x, attention_mask=full.index_fill(1, torch.tensor([0]), 0))
+
+
+def test_masks_that_the_caller_makes_are_honoured_or_refused() -> None:
+    ours, x = model("Llama"), inputs("Llama")
+    register()
+    ours.set_attn_implementation("attnbench/softmax")
+    want, n = ours(x, use_cache=False).last_hidden_state, x.shape[1]
+    lower = torch.ones(n, n, dtype=torch.bool).tril().expand(2, 1, n, n)
+    torch.testing.assert_close(ours(x, attention_mask=lower, use_cache=False).last_hidden_state, want)
+    whole = ours(x, attention_mask=torch.ones_like(lower), use_cache=False).last_hidden_state
+    eager = model("Llama")
+    torch.testing.assert_close(whole, eager(x, attention_mask=torch.zeros(2, 1, n, n), use_cache=False).last_hidden_state)
+    assert not torch.allclose(whole, want)
+    holes = lower.clone()
+    holes[:, :, -1, 3] = False
+    left = torch.ones_like(x).index_fill(1, torch.tensor([0, 1]), 0)
+    for mask in (holes, left, lower.index_fill(0, torch.tensor([1]), value=True)):
+        with pytest.raises(UserError, match="cannot honour this attention mask") as caught:
+            ours(x, attention_mask=mask, use_cache=False)
+        assert "\n" not in str(caught.value)
 
 
 def test_packed_sequences_and_windows_are_refused() -> None:
@@ -507,6 +548,40 @@ def test_timm_models_swap_and_restore(name: str) -> None:
     restore(real)
     assert all(block.attn is m for block, m in zip(real.blocks, modules, strict=True))
     assert torch.equal(real(x), want)
+
+
+def test_the_model_that_is_trained_is_the_preset() -> None:
+    library("timm", NO_TIMM)
+    for name, size in PRESETS.items():
+        own = {"tokens": 196, "grid": (14, 14), "features": 768, "classes": 7, "dim": size.dim, "heads": size.heads, "depth": 1}
+        trained = built(Architecture(**own, positions="learned", library="timm", method="mita", params={"prefix": 0, "causal": False}))
+        wanted = preset(name, "mita", model={"depth": 1, "num_classes": 7})
+        assert {k: v.shape for k, v in trained.model.state_dict().items()} == {k: v.shape for k, v in wanted.state_dict().items()}
+        assert trained.operators[0].params == wanted.blocks[0].attn.operator.params
+        trained.model.load_state_dict(wanted.state_dict())
+        image = torch.randn(2, 3, 224, 224)
+        torch.testing.assert_close(trained.eval()(patches(image)), wanted.eval()(image))
+        assert trained.features(patches(image)).shape == (2, 197, size.dim)
+        assert trained.parameter_count == sum(p.numel() for p in wanted.parameters())
+
+
+def test_a_model_of_timm_learns() -> None:
+    """It tells two images apart by heart."""
+    library("timm", NO_TIMM)
+    torch.manual_seed(0)
+    own = Architecture(tokens=4, grid=(2, 2), features=768, classes=2, dim=16, heads=2, depth=1, positions="learned", library="timm",
+                       method="agent", params={"landmarks": 1})  # fmt: skip
+    images = patches(torch.randn(2, 3, 32, 32))
+
+    def draw(split: str, index: int, size: int, n: int, seed: int) -> Batch:
+        return Batch(images, torch.tensor([0, 1]), torch.ones(2, 4, dtype=torch.bool), torch.tensor([0, 1]))
+
+    trainer = Trainer(built(own), task(batch=draw, vocabulary=0, features=768, classes=2), recipe(steps=30, batch=2, n=4, rate=1e-2))
+    trainer.run()
+    assert trainer.evaluate("test").accuracy == 1.0
+    named = dict(trainer.model.named_parameters())
+    plain = {id(p) for p in trainer.optimizer.param_groups[1]["params"]}
+    assert {id(named["model.pos_embed"]), id(named["model.cls_token"])} <= plain
 
 
 def test_other_attention_of_timm_is_refused() -> None:

@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def is_causal_mask(mask: Tensor, queries: int, keys: int, owner: str) -> bool:
-    """True for the lower triangle of a square mask `[..., N, M]`, False where it hides nothing; boolean (True is visible) or additive.
+    """True for the lower triangle of a square mask `[B, H, N, M]`, False where it hides nothing; boolean (True is visible) or additive.
 
-    Raises `UserError` for every other mask: no method could honour padding, packing, windows or biases.
+    B, H and N may be 1, for all of them. Raises `UserError` for every other mask: no method could honour padding, packing, windows or biases.
     """
     visible = mask if mask.dtype == torch.bool else _visible(mask, owner)
-    if visible.shape[-2:] == (queries, keys) or visible.shape[-2:] == (1, keys):
+    if visible.ndim == 4 and (visible.shape[-2:] == (queries, keys) or visible.shape[-2:] == (1, keys)):
         if bool(visible.all()):
             return False
         triangle = torch.ones(queries, keys, dtype=torch.bool, device=mask.device).tril()

@@ -209,8 +209,12 @@ class AttentionFunction:
             own = self._owner(q, k, v, params)
             module.add_module(_OWN, own)
             layers.append(module)
-        if not isinstance(own, _Owner) or (own.name, own.params) != (self.name, params):
-            raise UserError(f"{self.name} has learned parameters: call attnbench.integrations.transformers.prepare(model, inputs...) first")
+        elif not isinstance(own, _Owner) or (own.name, own.params) != (self.name, params):
+            own = self._owner(q, k, v, params)
+            if own.state_dict():
+                raise UserError(
+                    f"{self.name} has learned parameters: call attnbench.integrations.transformers.prepare(model, inputs...) first"
+                )
         return mix(self.method, own.operator, q, k, v)
 
     def _owner(self, q: Tensor, k: Tensor, v: Tensor, params: Params) -> _Owner:

@@ -2,7 +2,7 @@
 
 One of two for a whole batch, each half of the time, and image i with image j = B - 1 - i: mixup `x_i <- l x_i + (1 - l) x_j` with l of
 Beta(0.8, 0.8), or cutmix, which pastes a box of x_j of the share 1 - l of the area, l uniform; where the box runs over the edge, l is the
-share that is left. Classes are `l y_i + (1 - l) y_j`, each smoothed before: `1 - s + s / C` for its own and `s / C` for the others, s = 0.1.
+share that is left. Classes are `l y_i + (1 - l) y_j`, each smoothed before: `1 - s + s / C` for its own, `s / C` for others, s = 0.1.
 
 Zhang et al. 2018, https://arxiv.org/abs/1710.09412; Yun et al. 2019, https://arxiv.org/abs/1905.04899; Szegedy et al. 2016,
 https://arxiv.org/abs/1512.00567; with the settings of Touvron et al. 2021, https://arxiv.org/abs/2012.12877.
