@@ -51,6 +51,8 @@ class Kernel(ABC):
     """whether features need all heads of a token at once; else a map is given all tokens of a head at once"""
     projects = False
     """whether features are products, a stage of their own"""
+    dominated = False
+    """whether one key may make up most of a feature's sum, so that its gradient is a difference of nearly equal parts"""
     vanishes = False
     """whether all features of a token may be zero"""
     reads = 1

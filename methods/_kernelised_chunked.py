@@ -192,20 +192,30 @@ def _completed(r: Tensor, held: Tensor, total: Tensor, norm: Normaliser, keys: i
 def _state_backward(dstate: Tensor, k: Tensor, v: Tensor, *, kernel: Kernel, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Gradients of the keys and values; those of weights are added to `sums`."""
     dk, dv, width = k.new_empty(k.shape), v.new_empty(v.shape), v.shape[4]
-    rounded = dstate.to(v.dtype)
+    rounded = _rounded(dstate, width, kernel, v.dtype)
+    if kernel.dominated:
+        rounded = torch.cat([rounded, (dstate - rounded)[..., :width].to(v.dtype)], 3)
     for part in kernel.parts("key", k, width):
         key, values, dvalues = kernel.features(part.of(k), part), _rows(part.of(v)), part.of(dv)
         own = part.states(rounded)
         target = dvalues.view(-1, *dvalues.shape[3:])
         torch.baddbmm(target, _rows(key), own[..., :width], beta=0, alpha=part.share, out=target)
-        dfeatures = wide_bmm(_augmented(values, own.shape[2]), own.transpose(1, 2))
+        dfeatures = wide_bmm(_augmented(values, kernel, own.shape[2]), own.transpose(1, 2))
         _add(sums, kernel.backward(dfeatures.view_as(key), key, part.of(k), part, part.of(dk)))
     return dk, dv
 
 
-def _augmented(values: Tensor, columns: int) -> Tensor:
-    """A column of ones and columns of zeros after those of `values: [X, M, Dv]`."""
-    return pad(pad(values, (0, 1), value=1.0), (0, columns - values.shape[2] - 1))
+def _augmented(values: Tensor, kernel: Kernel, columns: int) -> Tensor:
+    """What the gradient of the state multiplies: `values: [X, M, Dv]`, ones for dz and for what it lacks, zeros, and values for what dS lacks.
+
+    There are `columns` in all.
+    """
+    width = values.shape[2]
+    out = pad(values, (0, columns - width))
+    out[..., width : width + kernel.reads + 1 : kernel.reads] = 1
+    if kernel.dominated:
+        out[..., -width:] = values
+    return out
 
 
 def _add(sums: Sequence[Tensor], grads: Sequence[Tensor]) -> None:

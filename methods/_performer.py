@@ -60,7 +60,7 @@ def _prepared(params: PerformerParams, dim: int, width: int, dtype: torch.dtype,
 class _Random(Kernel):
     """What both kernels share: R features, two beside them that hold eps, and zeros."""
 
-    norm, projects = NORM, True
+    norm, projects, dominated = NORM, True, True
 
     def __init__(self, q: Tensor, params: PerformerParams) -> None:
         self.eps, self.count = params.relu_eps if params.kernel == "relu" else params.eps, params.count(q.shape[3])
