@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 def is_causal_mask(mask: Tensor, queries: int, keys: int, owner: str) -> bool:
     """True for the lower triangle of a square mask `[B, H, N, M]`, False where it hides nothing; boolean (True is visible) or additive.
 
-    B, H and N may be 1, for all of them. Raises `UserError` for every other mask: no method could honour padding, packing, windows or biases.
+    B, H and N may be 1, for all of them. Raises `UserError` for every other mask: no method could honour padding, packing, windows or
+    biases.
     """
     visible = mask if mask.dtype == torch.bool else _visible(mask, owner)
     if visible.ndim == 4 and (visible.shape[-2:] == (queries, keys) or visible.shape[-2:] == (1, keys)):
