@@ -206,8 +206,8 @@ def _state_backward(dstate: Tensor, k: Tensor, v: Tensor, *, kernel: Kernel, sum
 
 
 def _augmented(values: Tensor, kernel: Kernel, columns: int) -> Tensor:
-    """What the gradient of the state multiplies, in `columns`: `values: [X, M, Dv]`, ones for dz and for what its rounding lacks, zeros, and
-    values again for what that of dS lacks.
+    """What the gradient of the state multiplies, in `columns`: `values: [X, M, Dv]`, ones for dz and for what its rounding lacks, zeros,
+    and values again for what that of dS lacks.
     """
     width = values.shape[2]
     out = pad(values, (0, columns - width))
