@@ -47,6 +47,7 @@ FLAGS = {
         "--across",
         "--colour",
         "--construction",
+        "--costs",
         "--count",
         "--down",
         "--expert",

@@ -29,6 +29,9 @@ def taxonomy(
     topology: Annotated[str | None, typer.Option("--topology", help="Only this routing topology.")] = None,
     format_: Annotated[Format, typer.Option("--format")] = Format.RICH,
     verify: Annotated[bool, typer.Option("--verify", help="Measure each coordinate; exit 1 where it is not the declared one.")] = False,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="What each method reads and costs at --n; with --results, its time and distance from softmax.")
+    ] = False,
     figure: Annotated[
         Path | None, typer.Option("--figure", metavar="STEM", help="Draw the methods on two dimensions: STEM.pdf, .png and .csv.")
     ] = None,
@@ -37,7 +40,7 @@ def taxonomy(
     colour: Annotated[str, typer.Option("--colour", metavar="METRIC", help="Measured number as colour, as latency; needs --results.")] = "",
     size: Annotated[str, typer.Option("--size", metavar="METRIC", help="Measured number as size, as peak_memory; needs --results.")] = "",
     results: Annotated[Path | None, typer.Option("--results", metavar="PATH", help="Records that numbers are taken from.")] = None,
-    n: Annotated[int, typer.Option("--n", help="Sequence length of the numbers.")] = 65536,
+    n: Annotated[int, typer.Option("--n", help="Sequence length of the numbers of --costs and --figure.")] = 65536,
     plugin: Plugins = [],
 ) -> None:
     """Print the paper's table: each method's place along the five dimensions. Or draw it, with --figure."""
@@ -48,11 +51,25 @@ def taxonomy(
         for path in _drawn(names, figure, across, down, (colour, size), results, n):
             print(path)
         return
+    if costs:
+        _write(_costs(names, n, results), format_)
+        return
     rows, conflicts = _verified(names) if verify else (_table(names), 0)
     _write(rows, format_)
     if conflicts:
         complain(f"{conflicts} declared coordinates conflict with the measured ones")
         raise typer.Exit(1)
+
+
+def _costs(names: list[str], n: int, results: Path | None) -> Rows:
+    """A row a method; what the columns are goes to the log."""
+    from attnbench import frame, overview, registry
+
+    table, notes = frame.load(results) if results is not None else (None, [])
+    rows, told = overview.rows([registry.get(name) for name in names], n, table)
+    for line in [*notes, *told]:
+        complain(line)
+    return rows
 
 
 def _drawn(names: list[str], stem: Path, across: str, down: str, shown: tuple[str, str], results: Path | None, n: int) -> list[Path]:
