@@ -224,19 +224,24 @@ class Suite:
             if not any(name in e.names for e in entries):
                 raise unknown("method", name, [e.name for e in entries], self.name)
         if BUDGET in axes and not any(get(e.name).budget for e in entries):
-            names = ", ".join(dict.fromkeys(e.name for e in entries))
-            raise UserError(f"suite {self.name}: the width of {names} is fixed: leave the budget out, or name a method that has one")
+            names = dict.fromkeys(e.name for e in entries)
+            why = "".join(f" ({name}: {get(name).no_budget})" for name in names if get(name).no_budget)
+            raise UserError(
+                f"suite {self.name}: no budget sets what {', '.join(names)} read{why}: leave the budget out, or name a method that has one"
+            )
         return replace(
             self, axes={**self.axes, **changed}, points=self._pointed(changed), methods=tuple(e.with_params(params) for e in entries)
         )
 
     def _pointed(self, changed: Mapping[str, tuple[Any, ...]]) -> tuple[Mapping[str, tuple[Any, ...]], ...]:
-        """The points with other values; of a trained task, the points that have it, else the first with it."""
+        """The points with other values; of a trained task and of a length the points that have it, else the first."""
         kept = self.points
         if "data" in changed and any("data" in point for point in kept):
             having = {name: [point for point in kept if name in point.get("data", ())] or kept[:1] for name in changed["data"]}
             kept = tuple({**point, "data": (name,)} for name, points in having.items() for point in points)
-        return tuple({k: v if k == "data" else changed.get(k, v) for k, v in point.items()} for point in kept)
+        if "n" in changed:
+            kept = tuple({**point, "n": (n,)} for n in changed["n"] for point in _at(kept, n))
+        return tuple({k: v if k in ("data", "n") else changed.get(k, v) for k, v in point.items()} for point in kept)
 
     def _named(self, name: str) -> list[Entry]:
         """Entries called exactly so, else those of the method whatever their implementation."""
@@ -297,6 +302,16 @@ class Suite:
         first = get(self.methods[0].name)
         if (case.method, case.implementation) == (first.name, first.pinned):
             yield replace(case, replicate=1)
+
+
+def _at(points: Sequence[Mapping[str, tuple[Any, ...]]], n: int) -> list[Mapping[str, tuple[Any, ...]]]:
+    """The points of a length; of a task that has none, those of the lengths that it has first, and any that names no length."""
+    found = []
+    for data in dict.fromkeys(point.get("data") for point in points):
+        own = [point for point in points if point.get("data") == data]
+        having = [point for point in own if n in point.get("n", (n,))]
+        found += having or [point for point in own if point["n"] == own[0]["n"]]
+    return found
 
 
 def laid(method: Method, case: Case) -> dict[str, str]:

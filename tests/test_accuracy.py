@@ -259,6 +259,16 @@ def test_points_are_products_of_their_own(tmp_path: Path) -> None:
     assert {dict(c.params)["causal"] for c in both} == {True, False}
 
 
+def test_a_length_selects_the_points_that_have_it() -> None:
+    def sizes(**axes: list[str]) -> set[tuple[str, int, int]]:
+        return {(c.data, c.n, c.batch) for c in suite.load("accuracy").override(axes, ["softmax"], {}).expand()}
+
+    assert sizes(data=["mqar"], n=["256", "1024"]) == {("mqar", 256, 64), ("mqar", 1024, 32)}
+    assert sizes(data=["mqar"], n=["32"]) == {("mqar", 32, 64)}, "no point has it: the first, at that length"
+    assert sizes(n=["4096"]) == {("mqar", 4096, 16), ("pathfinder", 4096, 16), ("listops", 4096, 32), ("digits", 4096, 32)}
+    assert sizes(data=["digits"], n=["64"], batch=["8"]) == {("digits", 64, 8)}
+
+
 def test_methods_with_a_grid_get_the_grid_of_the_image(tmp_path: Path) -> None:
     cases = loaded(tmp_path).override({}, ["mita"], {"mita": {"landmarks": ["4"], "topk": ["4"]}}).expand()
     assert {(c.data, dict(c.params)["grid"]) for c in cases} == {("mqar", "none"), ("pathfinder", "16x16")}
