@@ -202,7 +202,9 @@ class Method:
     independent of the batch size; None where there are none"""
     budget: Callable[[Shape, Any, int], dict[str, object]] | None = None
     """`(shape, params, units) -> {parameter: value}`: what to change for a query to read that many hidden units, or the nearest number
-    there is; other parameters stand as `params` has them. None where the width is fixed by the shape."""
+    there is; other parameters stand as `params` has them. None where the width is fixed by the shape, or `no_budget` says why."""
+    no_budget: str = ""
+    """why no budget sets how many units a query reads, although parameters change it"""
     builder: Callable[..., nn.Module] | None = None
     """`(shape, params) -> nn.Module` with forward `(q, k, v)`, where that module is more than the operator and its `weights`"""
     exact: bool = False

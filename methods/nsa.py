@@ -200,6 +200,7 @@ METHOD = Method(
     experts=experts,
     cost=cost,
     weights=initial_weights,
+    no_budget="it reads N / stride compressed keys and topk blocks of at least a stride, so never fewer than 2 sqrt(N), and a window",
     implementations=(
         implementation(
             "attnbench.methods._nsa:fused",

@@ -157,7 +157,8 @@ def test_the_same_parameters_are_the_same_case_however_they_were_asked_for() -> 
         ({"n": (64,), "budget": (65,)}, ["topk"], "suite made: budget = 65 exceeds N = 64: lower the budget, or raise N"),
         ({"n": (64,), "budget": (0,)}, ["topk"], "budget = 0 must be a whole number of at least 1"),
         ({"n": (64,), "budget": ("few",)}, ["topk"], "budget = 'few' must be a whole number of at least 1"),
-        ({"n": (64,), "budget": (16,)}, ["softmax", "linear"], "the width of softmax, linear is fixed: leave the budget out"),
+        ({"n": (64,), "budget": (16,)}, ["softmax", "linear"], "no budget sets what softmax, linear read: leave the budget out"),
+        ({"n": (64,), "budget": (16,)}, ["nsa"], r"nsa read \(nsa: it reads N / stride compressed keys and .*\): leave the budget out"),
     ],
 )
 def test_a_budget_that_makes_no_sense_is_one_line(axes: dict[str, tuple[Any, ...]], names: list[str], line: str) -> None:
@@ -207,6 +208,21 @@ def test_show_says_what_sets_the_width() -> None:
     assert answer("show", "mita", "--json")["budget"] == ["landmarks", "topk"]
     assert "what a query reads is set by landmarks, topk (--budget)" in call("show", "mita").stdout
     assert "what a query reads is fixed" in call("show", "softmax").stdout
+    assert "--budget cannot set what a query reads: it reads N / stride compressed keys" in call("show", "nsa").stdout.replace("\n", " ")
+
+
+@pytest.mark.parametrize("n", [256, 1024])
+def test_nsa_never_reads_as_little_as_budgets_ask(n: int) -> None:
+    """The least that any stride leaves, with one block as long as it, is what `no_budget` says."""
+    method, shape = attnbench.get("nsa"), Shape(1, 2, n, 8)
+    assert method.no_budget
+    assert method.experts is not None
+    found = []
+    for side in (2**i for i in range(1, 8)):
+        own = method.parse({"compress": side, "stride": side, "block": side, "topk": 1, "first": 0, "local": 0, "window": 1})
+        assert own.problems(shape) == []
+        found.append(fastweights.width_per_query(method.experts(*draw("randn", shape, 0, torch.float64, "cpu"), own)))
+    assert min(found) == 2 * n**0.5 + 1
 
 
 @pytest.fixture

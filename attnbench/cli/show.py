@@ -49,6 +49,7 @@ def _facts(method: "Method", shape: "Shape", settings: list[str], device: str | 
         "exact": method.exact,
         "parameters": parameters(method.params),
         "budget": sorted(method.budget(shape, method.params(), 1)) if method.budget else [],
+        "no_budget": method.no_budget,
         "implementations": implementations(method, pick_device(device)),
         "limits": limits(method.limits),
         "cost": _cost(method, shape, settings),
@@ -69,6 +70,12 @@ def _cost(method: "Method", shape: "Shape", settings: list[str]) -> dict[str, An
     }  # fmt: skip
 
 
+def _width(facts: dict[str, Any]) -> str:
+    if facts["budget"]:
+        return f"what a query reads is set by {', '.join(facts['budget'])} (--budget)"
+    return f"--budget cannot set what a query reads: {facts['no_budget']}" if facts["no_budget"] else "what a query reads is fixed"
+
+
 def _setting(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
     if not equals:
@@ -82,7 +89,7 @@ def _print(facts: dict[str, Any]) -> None:
     print(", ".join(str(part) for part in (source["authors"], source["year"], source["title"], source["venue"], source["url"]) if part))
     emit_table([facts["coordinates"]])
     emit_table(facts["parameters"], "parameters")
-    print(f"what a query reads is set by {', '.join(facts['budget'])} (--budget)" if facts["budget"] else "what a query reads is fixed")
+    print(_width(facts))
     emit_table(
         [{k: "; ".join(v) if isinstance(v, list) else v for k, v in row.items()} for row in facts["implementations"]], "implementations"
     )
