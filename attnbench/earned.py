@@ -46,21 +46,29 @@ def asked(table: pd.DataFrame, *, swapped: bool = False) -> pd.DataFrame:
     """Rows that train, with the columns `panel` (what was asked, such as `mqar, causal`) and `series` (what a method is called).
 
     With `swapped` those that test a method in a model that was trained with another, else those tested as they were trained. `own` are
-    parameters that the task does not set. Series are named by words; where these do not suffice by the budget that set the numbers, and
+    parameters that the task does not set, `words` those of them that are no numbers and not at their defaults. Series are named by words; where these do not suffice by the budget that set the numbers, and
     only else by numbers.
     """
     rows = table[table["task"] == TASK] if len(table) else table
     if rows.empty:
-        return rows.assign(panel="", series="", own="")
+        return rows.assign(panel="", series="", own="", words="")
     other = rows["trained_with"].fillna("") if "trained_with" in rows else rows["task"].map(lambda _: "")
     rows = rows.assign(trained_with=other)[(other != "") == swapped]
     if rows.empty:
-        return rows.assign(panel="", series="", own="")
+        return rows.assign(panel="", series="", own="", words="")
     causal = [", causal" if joining.is_causal(p) else "" for p in rows["params"]]
-    origin = [f", trained with {other}" if other else "" for other in rows["trained_with"]]
+    origin = [f", trained with {_origin(other)}" if other else "" for other in rows["trained_with"]]
     panels = [a + b + c for a, b, c in zip(rows["data"], causal, origin, strict=True)]
     rows = _parted(rows.assign(panel=panels, own=[json.dumps(joining.own(p), sort_keys=True) for p in rows["params"]]))
+    rows = rows.assign(words=[_words(str(m), json.loads(own)) for m, own in zip(rows["method"], rows["own"], strict=True)])
     return rows.assign(series=series.labels(rows.assign(params=_telling(rows))))
+
+
+def _origin(text: str) -> str:
+    """`mita:topk=16` as it is printed."""
+    name, _, params = text.partition(":")
+    method = series.method_of(name.partition("@")[0])
+    return (method.title if method else name) + (f" ({params.replace(':', ', ')})" if params else "")
 
 
 def _parted(rows: pd.DataFrame) -> pd.DataFrame:
@@ -75,7 +83,7 @@ def _parted(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _telling(rows: pd.DataFrame) -> pd.Series[str]:
     """Parameters by which rows of one label are told apart, as JSON, the fewest that suffice everywhere."""
-    words = pd.Series([_words(str(m), json.loads(own)) for m, own in zip(rows["method"], rows["own"], strict=True)], rows.index)
+    words = rows["words"]
     budgets = [b[0] if isinstance(b, list | tuple) and b else 0 for b in rows["budget"]] if "budget" in rows else [0] * len(rows)
     told = [json.dumps(json.loads(w) | {"budget": b}) if b else o for w, b, o in zip(words, budgets, rows["own"], strict=True)]
     by_budget = pd.Series(told, rows.index)

@@ -72,12 +72,17 @@ def _routing(case: Case) -> dict[str, Any]:
     """Pruned shares, loads and maps of kept tokens for methods that route."""
     if case.method not in ("mita", "topk", "moba", "nsa", "bra") or dict(case.params).get("routed") is False:
         return {}
-    random = np.random.default_rng([case.seed, case.n])
+    random = np.random.default_rng([case.seed, int(case.case_id[:8], 16)])
+    units = sum(v for k, v in case.params if k in ("landmarks", "topk") and isinstance(v, int))
     share = 0.0 if case.method in ("moba", "bra") else 0.45 if case.method == "mita" else 0.15
     pruned = [
-        min(0.95, share * (1 + 0.25 * i) * (0.6 if case.steps == 1 else 1) + share * random.normal(0, 0.04)) for i in range(case.depth)
+        min(0.95, share * (64 / (32 + units)) * (1 + 0.25 * i) * (0.6 if case.steps == 1 else 1) + share * random.normal(0, 0.04))
+        for i in range(case.depth)
     ]
-    loads = [tuple(float(x) for x in np.linspace(2 + i, 0.1, routing.LEVELS)) for i in range(case.depth)]
+    loads = [
+        tuple(float(x) for x in np.linspace(1.5 + 0.3 * i + units / 64 + 0.2 * random.random(), 0.1, routing.LEVELS))
+        for i in range(case.depth)
+    ]
     found: dict[str, Any] = {"pruned": tuple(pruned), "busiest": tuple(x[0] for x in loads), "loads": tuple(loads)}
     if case.data in ("digits", "pathfinder"):
         maps = [(random.random((routing.PICTURED, case.n)) > p).astype(np.uint8) * case.heads for p in pruned]

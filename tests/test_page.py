@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
 import subprocess
+import zlib
 from html.parser import HTMLParser
 from threading import Timer
 from typing import TYPE_CHECKING, Any
@@ -63,6 +65,10 @@ def table(tmp_path: Path, *parts: Sequence[Any]) -> pd.DataFrame:
     return frame.load(tmp_path)[0]
 
 
+def unpacked(text: str) -> str:
+    return zlib.decompress(base64.b64decode(text)).decode()
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
@@ -96,7 +102,7 @@ def test_the_page_has_every_cell_with_its_status_and_every_plot_of_every_method(
     page, rows = Page(file.read_text(encoding="utf-8")), frame.current(frame.load(results)[0])
     key = ["method", "suite", "mode", "status"]
     assert sorted(tuple(row[f"data-{k}"] for k in key) for row in page.rows) == sorted(rows[key].itertuples(index=False, name=None))
-    items = [json.loads(text) for text in page.data["script"] if text.startswith('{"target_id"')]
+    items = [json.loads(unpacked(text)) for text in page.data["script"] if text.startswith("eN")][:-1]
     sources = [column for item in items for column in re.findall(r'\["method",(\[.*?\])\]', json.dumps(item, separators=(",", ":")))]
     drawn = {name for names in sources for name in json.loads(names)}
     assert drawn >= set(rows.loc[rows["status"] == "ok", "method"])

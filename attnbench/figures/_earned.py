@@ -49,6 +49,7 @@ class Against:
         if table.empty or earned.TASK not in set(table["task"]):
             return pd.DataFrame()
         rows, others = earned.asked(frame.current(table)), table[table["task"] != earned.TASK]
+        rows = rows[rows["steps"] > 1] if len(rows) else rows  # one step is a model that has learned nothing
         found = [p for _, part in rows.groupby(["panel", "n"], sort=True) for p in self._points(part, others)]
         drawn = pd.DataFrame(_with_front(found))
         return drawn.sort_values("panel", key=lambda c: c.map(series.natural), kind="stable") if len(drawn) else drawn
@@ -108,7 +109,7 @@ class Against:
 
     def _caption(self, drawn: pd.DataFrame, table: pd.DataFrame) -> str:
         word = METRICS[self.metric].label
-        parts = [f"{conditions(table)} {over_seeds(drawn)} Line and bold names: Pareto front, what nothing else beats in both."]
+        parts = [f"{conditions(table, drawn)} {over_seeds(drawn)} Line and bold names: Pareto front, what nothing else beats in both."]
         sources = drawn[["panel", "source", "apart"]].drop_duplicates().itertuples(index=False, name=None)
         parts += joining.told(f"{word[0].upper()}{word[1:]}", sources)
         other = drawn[drawn["differs"] != ""].drop_duplicates(["series", "differs"])

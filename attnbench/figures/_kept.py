@@ -1,4 +1,4 @@
-"""Maps of the tokens that experts keep, layer by layer, beside the pictures that a trained model was given."""
+"""Maps of the tokens that experts keep, layer by layer, over the pictures that a trained model was given."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from matplotlib.colors import to_rgba
 
 from attnbench.errors import UserError
 from attnbench.figures._examples import picture
@@ -15,10 +16,15 @@ from attnbench.figures._style import WIDTHS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from attnbench.tasks.routing import Layer
     from attnbench.tasks.trained import Batch, TrainedTask
+
+
+DROPPED, OPACITY = "#D55E00", 0.75
+"""Colour over tokens that no expert keeps, and how strong it is where no head keeps one."""
 
 
 def shares(task: TrainedTask, batch: Batch, layers: Sequence[Layer]) -> np.ndarray:
@@ -44,18 +50,28 @@ def data(task: TrainedTask, batch: Batch, layers: Sequence[Layer]) -> pd.DataFra
 
 
 def build(task: TrainedTask, batch: Batch, layers: Sequence[Layer]) -> Figure:
-    """A row an example: its picture, then a map a layer, from black, where no head keeps a token, to white, where all do."""
+    """A row an example: its picture, then once a layer with colour over what experts drop, full where no head keeps a token."""
     maps = shares(task, batch, layers)
     depth, count = maps.shape[:2]
     side = WIDTHS[2] / (depth + 1)
     figure, axes = plt.subplots(count, depth + 1, figsize=(WIDTHS[2], count * side + 0.3), squeeze=False, layout="constrained")
     for example, row in enumerate(axes):
-        row[0].imshow(picture(task, batch.inputs[example].numpy(), batch.inputs.shape[1]), cmap="gray", interpolation="nearest")
+        image = picture(task, batch.inputs[example].numpy(), batch.inputs.shape[1])
+        shade(row[0], image, None)
         for panel, kept in zip(row[1:], maps[:, example], strict=True):
-            panel.imshow(kept, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        for panel in row:
-            panel.set_axis_off()
+            shade(panel, image, kept)
     axes[0, 0].set_title(task.title, fontsize=6, pad=2)
     for number, panel in enumerate(axes[0, 1:]):
         panel.set_title(f"layer {number}: {1 - maps[number].mean():.0%} pruned", fontsize=6, pad=2)
     return figure
+
+
+def shade(axes: Axes, image: np.ndarray | None, kept: np.ndarray | None) -> None:
+    """A picture `[H, W]` or `[H, W, 3]`, if any, under a colour as strong as the share of heads that drop a token, `1 - kept`."""
+    if image is not None:
+        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    if kept is not None:
+        dropped = np.broadcast_to(to_rgba(DROPPED), (*kept.shape, 4)).copy()
+        dropped[..., 3] = OPACITY * (1 - kept)
+        axes.imshow(dropped, interpolation="nearest")
+    axes.set_axis_off()

@@ -54,7 +54,7 @@ def draw(
     across = min(len(panels), most if columns == 2 else 2)
     bands = [_panel.Band(title, block, panels[i : i + across]) for title, block in blocks for i in range(0, len(panels), across)]
     sizes = [size for band in bands for size in band.heights(width, tall=len(blocks) == 1)]
-    caption = wrapped(caption, width)
+    caption = wrapped(" ".join(caption.split()), width)
     height = sum(sizes) + 0.05 * len(sizes) + 0.42 + 0.115 * (caption.count("\n") + 1)
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.015, hspace=0.0, wspace=0.02))
     grid = GridSpec(len(sizes), across, figure=figure, height_ratios=sizes)

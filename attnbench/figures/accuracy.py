@@ -58,7 +58,7 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     if drawn.empty:
         return None
     levels = drawn.groupby("panel")["chance"].max().dropna()
-    caption = f"{conditions(table)} {over_seeds(drawn)} Dotted: a guess. {failures(drawn)}"
+    caption = f"{conditions(table, drawn)} {over_seeds(drawn)} Dotted: a guess. {failures(drawn)}"
     if (drawn["kind"] == "baseline").any():
         caption += " Grey: the best dense method."
     with paper():
@@ -66,10 +66,10 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
         return draw(drawn, caption, METRICS["accuracy"], columns, order=order, most=5, levels={str(k): float(v) for k, v in levels.items()})
 
 
-def conditions(table: pd.DataFrame) -> str:
-    """How the models of a table were trained, and what the labels leave out."""
+def conditions(table: pd.DataFrame, drawn: pd.DataFrame) -> str:
+    """How the models of a table were trained, and what the labels leave out of the methods that are drawn."""
     rows = table[table["task"] == earned.TASK]
-    return f"{series.describe(rows)}. {series.settings(rows)}".strip()
+    return f"{series.describe(rows)}. {series.settings(rows[rows['method'].isin(drawn['method'])])}".strip()
 
 
 def over_seeds(drawn: pd.DataFrame) -> str:

@@ -75,10 +75,8 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     drawn = data(table)
     if drawn.empty:
         return None
-    caption = (
-        f"{conditions(table)} Accuracy on the validation split, each seed at the learning rate chosen for it; where training stopped at "
-        f"the target, its last value. {over_seeds(drawn)}"
-    )
+    words = "On the validation split, each seed at the learning rate chosen for it; a run that stopped at the target keeps its last value."
+    caption = f"{conditions(table, drawn)} {words} {over_seeds(drawn)}"
     if (drawn["kind"] == "baseline").any():
         caption += " Grey: the best dense method."
     task = str(table.loc[table["task"] == earned.TASK, "data"].iloc[0])

@@ -5,12 +5,14 @@ A content security policy in the page itself forbids every request.
 
 from __future__ import annotations
 
+import base64
 import json
+import zlib
 from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Protocol
 
-from attnbench import series
+from attnbench import series, tables
 from attnbench.page import joined
 from attnbench.page.summary import sentences
 from attnbench.taxonomy import Family
@@ -46,6 +48,7 @@ def build(
 ) -> str:
     """The page. `script` is Bokeh's own JavaScript, `colours` gives each family its colour, `environments` those of the records by id."""
     rows = joined.rows(table)
+    made = [one for one in tables.report(table) if one.methods]
     known = _methods(rows)
     return "\n".join([
         "<!DOCTYPE html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
@@ -53,7 +56,7 @@ def build(
         '<meta name="viewport" content="width=device-width, initial-scale=1">', '<link rel="icon" href="data:,">',
         "<title>attnbench: results</title>", f"<style>{_asset('page.css')}</style>", "</head>", "<body>", "<main>",
         "<h1>attnbench: results</h1>", '<section id="summary">', *(f"<p>{escape(s)}</p>" for s in sentences(table)), "</section>",
-        *_filters(known, rows, colours), *_figures(plots), *_table(rows), *_environments(environments, rows), "</main>",
+        *_filters(known, rows, colours), *_figures(plots), *_joined(made), *_table(rows), *_environments(environments, rows), "</main>",
         f'<script type="application/json" id="methods">{_json(known)}</script>',
         f"<script>{_inline(script)}</script>", f"<script>{_asset('page.js')}</script>", "</body>", "</html>", "",
     ])  # fmt: skip
@@ -65,6 +68,11 @@ def _asset(name: str) -> str:
 
 def _json(value: object) -> str:
     return _inline(json.dumps(value, separators=(",", ":"), ensure_ascii=False))
+
+
+def _packed(text: str) -> str:
+    """Deflated, as base64: a page holds a hundred plots."""
+    return base64.b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
 def _inline(text: str) -> str:
@@ -102,30 +110,66 @@ def _select(name: str, values: Iterable[str]) -> str:
 def _figures(plots: Sequence[Plot]) -> Iterable[str]:
     yield '<section id="figures"><h2>Figures</h2><p class="hint">Drag to zoom, point at a mark to read it. Crosses above the lines '
     yield "are cells that failed; a grey band is the noise floor. Filters by method act on plots and table.</p>"
-    yield "<noscript><p>Plots need JavaScript, the table below does not.</p></noscript>"
+    yield "<noscript><p>Plots and commands need JavaScript, the tables below do not.</p></noscript>"
     first = True
     for section in dict.fromkeys(plot.section for plot in plots):
         yield f"<details{' open' if first else ''}><summary>{escape(section)}</summary>"
         for plot in (p for p in plots if p.section == section):
             yield f'<figure><figcaption>{escape(plot.title)}</figcaption><div class="plot"></div>'
-            yield f'<script type="application/json">{_inline(plot.item)}</script></figure>'
+            yield f'<script type="text/plain">{_packed(plot.item)}</script></figure>'
         yield "</details>"
         first = False
     yield "</section>"
 
 
-def _table(rows: Sequence[joined.Row]) -> Iterable[str]:
-    columns = [c for c in joined.COLUMNS if not c.numeric or any(c.key(row) for row in rows)]
-    heads = "".join(
+def _joined(made: Sequence[tables.Table]) -> Iterable[str]:
+    """What each method reached in training beside what it costs."""
+    if not made:
+        return
+    yield '<section id="joined"><h2>Trained accuracy</h2><p class="hint">A heading sorts by its column; filters by method act here too.</p>'
+    for one in made:
+        title = one.caption.partition(". ")[0]
+        yield f"<details open><summary>{escape(one.name)}: {escape(title)}</summary>"
+        yield from _sortable(one.header, [_texts(line, method) for line, method in zip(one.rows, one.methods, strict=True)])
+        yield from (f'<p class="hint">{escape(text)}</p>' for text in (one.caption, *one.notes))
+        yield "</details>"
+    yield "</section>"
+
+
+def _texts(line: Sequence[str], method: str) -> str:
+    cells = "".join(f"<td{_number(text)}>{escape(text)}</td>" for text in line)
+    return f'<tr data-method="{escape(method)}" data-series="{escape(line[0])}">{cells}</tr>'
+
+
+def _number(text: str) -> str:
+    """What a cell that begins with a number is sorted by."""
+    try:
+        return f' class="number" data-v="{float(text.split(maxsplit=1)[0]):.6g}"'
+    except (ValueError, IndexError):
+        return ' class="number" data-v=""' if text == tables.NONE else ""
+
+
+def _sortable(heads: Iterable[str | joined.Column], lines: Iterable[str], last: str = "") -> Iterable[str]:
+    titles = [h if isinstance(h, joined.Column) else joined.Column(h, lambda _: None, numeric=False) for h in heads]
+    cells = "".join(
         f'<th scope="col"{" class=number" if c.numeric else ""}><button type="button" title="{escape(c.help or c.title)}">'
         f"{escape(c.title)}</button></th>"
-        for c in columns
+        for c in titles
     )
-    yield '<section id="cells"><h2>Cells</h2><p class="hint">A heading sorts by its column.</p><div class="wide"><table>'
-    yield f'<thead><tr>{heads}<th scope="col">again</th></tr></thead><tbody>'
-    for row in rows:
-        yield _line(row, columns)
-    yield "</tbody></table></div></section>"
+    yield f'<div class="wide"><table><thead><tr>{cells}{last}</tr></thead><tbody>'
+    yield from lines
+    yield "</tbody></table></div>"
+
+
+def _table(rows: Sequence[joined.Row]) -> Iterable[str]:
+    columns = [c for c in joined.COLUMNS if not c.numeric or any(c.key(row) for row in rows)]
+    yield '<section id="cells"><h2>Cells</h2><p class="hint">A heading sorts by its column.</p>'
+    yield from _sortable(columns, (_line(row, columns) for row in rows), '<th scope="col">again</th>')
+    again = [
+        [row["reason"], row["command"], f"{row['started']}, commit {row['commit'] or 'unknown'}, environment {row['env_id']}"]
+        for row in rows
+    ]
+    yield f'</section><script type="text/plain" id="again">{_packed(json.dumps(again))}</script>'
 
 
 def _line(row: joined.Row, columns: Sequence[joined.Column]) -> str:
@@ -135,10 +179,7 @@ def _line(row: joined.Row, columns: Sequence[joined.Column]) -> str:
         f'<td class="number" data-v="{c.key(row)}">{escape(c.text(row))}</td>' if c.numeric else f"<td>{escape(c.text(row))}</td>"
         for c in columns
     )
-    why = f"<p>{escape(row['reason'])}</p>" if row["reason"] else ""
-    facts = f"{row['started']}, commit {row['commit'] or 'unknown'}, environment {row['env_id']}"
-    again = f"<details><summary>command</summary>{why}<code>{escape(row['command'])}</code><p>{escape(facts)}</p></details>"
-    return f"<tr{data}>{cells}<td>{again}</td></tr>"
+    return f"<tr{data}>{cells}<td><details><summary>command</summary></details></td></tr>"
 
 
 def _environments(environments: Mapping[str, Mapping[str, Any]], rows: Iterable[joined.Row]) -> Iterable[str]:

@@ -5,6 +5,7 @@
   const body = document.querySelector("#cells tbody");
   const rows = [...body.rows];
   const dimensions = ["family", "scaling", "expert", "count", "construction", "topology"];
+  const joined = [...document.querySelectorAll("#joined tbody tr")];
   const plots = []; // of each figure that was drawn: its sources, each with the whole of its data
 
   // Whether a method, under the printed name of a series, passes the filters by method.
@@ -36,14 +37,20 @@
       row.hidden = !(own && wanted(row.dataset.method, row.dataset.series));
       shown += row.hidden ? 0 : 1;
     }
+    for (const row of joined) row.hidden = !wanted(row.dataset.method, row.dataset.series);
     document.getElementById("shown").textContent = `${shown} of ${rows.length} cells`;
     plots.forEach(narrow);
   };
 
+  // The text that was deflated and written as base64.
+  const unpack = (text) => new Response(
+    new Blob([Uint8Array.from(atob(text), (c) => c.charCodeAt(0))]).stream().pipeThrough(new DecompressionStream("deflate")),
+  ).text();
+
   const draw = async (figure) => {
     const target = figure.querySelector(".plot");
     target.id = `plot-${[...document.querySelectorAll(".plot")].indexOf(target)}`;
-    const item = JSON.parse(figure.querySelector("script").textContent);
+    const item = JSON.parse(await unpack(figure.querySelector("script").textContent));
     const views = await Bokeh.embed.embed_item(item, target.id);
     const model = [...views][0].model;
     const sources = model.renderers.map(({ data_source: source }) => ({
@@ -70,15 +77,32 @@
     return v === "" ? null : Number(v);
   };
   const compare = (a, b) => (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
-  const heads = [...document.querySelectorAll("#cells th")];
-  heads.forEach((head, i) => head.querySelector("button")?.addEventListener("click", () => {
-    const down = head.getAttribute("aria-sort") === "ascending";
-    heads.forEach((h) => h.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", down ? "descending" : "ascending");
-    const known = rows.filter((row) => cell(row, i) !== null);
-    known.sort((a, b) => (down ? -1 : 1) * compare(cell(a, i), cell(b, i)));
-    body.append(...known, ...rows.filter((row) => cell(row, i) === null)); // what has no value stands last
-  }));
+  for (const table of document.querySelectorAll(".wide table")) {
+    const heads = [...table.querySelectorAll("th")];
+    const lines = [...table.tBodies[0].rows];
+    heads.forEach((head, i) => head.querySelector("button")?.addEventListener("click", () => {
+      const down = head.getAttribute("aria-sort") === "ascending";
+      heads.forEach((h) => h.removeAttribute("aria-sort"));
+      head.setAttribute("aria-sort", down ? "descending" : "ascending");
+      const keys = new Map(lines.map((row) => [row, cell(row, i)]));
+      const rank = (key) => (key === null ? 2 : typeof key === "number" ? 0 : 1); // numbers, words such as failures, nothing
+      const known = lines.filter((row) => keys.get(row) !== null);
+      known.sort((a, b) => rank(keys.get(a)) - rank(keys.get(b)) || (down ? -1 : 1) * compare(keys.get(a), keys.get(b)));
+      table.tBodies[0].append(...known, ...lines.filter((row) => keys.get(row) === null));
+    }));
+  }
+
+  // How a cell is run again is unpacked when it is first asked for.
+  let again = null;
+  const numbers = new Map(rows.map((row, i) => [row, i]));
+  body.addEventListener("toggle", async ({ target }) => {
+    if (!target.open || target.childElementCount > 1) return;
+    again ??= unpack(document.getElementById("again").textContent).then(JSON.parse);
+    const [why, command, facts] = (await again)[numbers.get(target.closest("tr"))];
+    for (const [tag, text] of [["p", why], ["code", command], ["p", facts]]) {
+      if (text) target.append(Object.assign(document.createElement(tag), { textContent: text }));
+    }
+  }, true);
 
   form.addEventListener("input", filter);
   form.addEventListener("reset", () => setTimeout(filter));
