@@ -175,7 +175,7 @@ class TinyTransformer(nn.Module):
         x = self.features(inputs)
         if self.architecture.per_token:
             rows = x.flatten(0, 1)
-            scores: Tensor = self.head(rows if positions is None else rows[positions])
+            scores: Tensor = self.head(rows if positions is None else rows.index_select(0, positions))
             return scores
         if self.architecture.class_token:
             pooled = x[:, 0]
