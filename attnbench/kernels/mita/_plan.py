@@ -108,7 +108,7 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
     blocks = -(-keys // probe_block)
     chunk = min(32, max(4, power((keys / (16 * k)) ** 0.5 * 0.75)))
     chunks = blocks * probe_block // chunk
-    group = 1 if chunks <= 2048 else power(max(chunks / 2048, 0.75 * (chunks / k) ** 0.5))
+    group = min((1 << i for i in range(11)), key=lambda g: (power(chunks / g) + (g > 1) * (power(k) * g + 129), -g))
     gate_block = 64
     rows = min(4096 if n > 1 << 18 else 1024 if n > 8192 else 512, power(heads * n / (4 * sms)))
     tile = 32 if fp32 else 64
@@ -122,7 +122,8 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
         tile=tile, length=min(512, max(LEAST_LENGTH, power(heads * n * s / (8 * sms)))), run=1, grad_tile=tile,
         stream=min(2048, max(128, power(heads * n / (2 * sms)))),
         key_block=32 if big else 64, key_splits=min(-(-keys // 32), max(1, 2 * sms // heads)), finish_block=64 if dim <= 64 else 32,
-        select_warps=4 if widest > 4096 else 2 if widest > 2048 else 1, select_block=64, attend_warps=4, attend_stages=2 if big else 1,
-        query_warps=4, query_stages=2 if big else 3, select_regs=None if widest > 2048 else 96, attend_regs=None if big else 128,
-        query_regs=None, fused=k <= block_k, grad_warps=4, fork=True,
+        select_warps=4 if widest > 4096 else 2 if widest > 1024 else 1, select_block=32 if big else 64,
+        attend_warps=4, attend_stages=2 if big else 1, query_warps=4, query_stages=2 if big else 3,
+        select_regs=None if big or widest > 1024 else 96, attend_regs=None if big else 128, query_regs=None, fused=k <= block_k, grad_warps=4,
+        fork=True,
     )  # fmt: skip

@@ -53,7 +53,7 @@ def select_kernel(
     G: tl.constexpr, M: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     C: tl.constexpr, BN: tl.constexpr, PG: tl.constexpr, BG: tl.constexpr, KP: tl.constexpr,
     BS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    SHARED: tl.constexpr, ROUTED: tl.constexpr,
+    SHARED: tl.constexpr, ROUTED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """One program a (head, landmark). PG chunks a group, chunk c in group c % GROUPS; scratch `list_` and `score` a row."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -92,13 +92,14 @@ def select_kernel(
         for i in range(PG):
             o_c = o_g + i * GROUPS
             b_top = tl.maximum(b_top, tl.load(p_max + o_c, mask=m_g & (o_c < CHUNKS), other=float("-inf")))
+        # the first key of a chunk; one that starts past the end holds none
+        b_at = (o_g // PER) * BN + o_g % PER
         if PG == 1:
-            # a chunk that starts past the end holds no key
-            m_g = m_g & ((o_g // PER) * BN + o_g % PER < N)
+            m_g = m_g & (b_at < N)
         b_x = tl.where(m_g, sortable(b_top), 0)
         n_list = tl.minimum(K, GROUPS)
         b_keep, b_place = keep_top(b_x, n_list)
-        tl.store(p_list + b_place, o_g, mask=b_keep)
+        tl.store(p_list + b_place, b_at if PG == 1 else o_g, mask=b_keep)
         tl.debug_barrier()
         if PG > 1:
             # level 2: the chunks of those groups
@@ -106,29 +107,31 @@ def select_kernel(
             b_c = tl.load(p_list + o_p // PG, mask=o_p // PG < n_list, other=0) + (o_p % PG) * GROUPS
             m_c = (o_p // PG < n_list) & (b_c < CHUNKS)
             b_x = sortable(tl.load(p_max + b_c, mask=m_c, other=float("-inf")))
-            m_c = m_c & ((b_c // PER) * BN + b_c % PER < N)
-            b_c = tl.where(m_c, b_c, CHUNKS)
+            b_from = (b_c // PER) * BN + b_c % PER
+            m_c = m_c & (b_from < N)
             tl.debug_barrier()
             n_list = tl.minimum(K, n_list * PG)
             b_keep, b_place = keep_top(tl.where(m_c, b_x, 0), n_list)
-            tl.store(p_list + b_place, b_c, mask=b_keep)
+            tl.store(p_list + b_place, tl.where(m_c, b_from, N), mask=b_keep)
             tl.debug_barrier()
         # level 3: the keys of those chunks
-        o_d = tl.arange(0, BD)
-        b_r = tl.load(r + i_row * D + o_d, mask=o_d < D, other=0.0).to(tl.float32)
+        # the landmark is one column of a product on tensor cores
+        o_d, o_one = tl.arange(0, BD), tl.arange(0, 8)[None, :] == 0
+        b_r = tl.load(r + i_row * D + o_d, mask=o_d < D, other=0.0)
+        b_r = tl.where(o_one, b_r[:, None], 0.0).to(r.dtype.element_ty)
         p_k = k + head_offset(i_bh, H, G, stride_kb, stride_kh)
         for start in range(0, KP * C, BC):
             o_i = start + tl.arange(0, BC)
-            m_i = o_i // C < n_list
-            b_from = tl.load(p_list + o_i // C, mask=m_i, other=0)
-            b_row = (b_from // PER) * BN + b_from % PER + (o_i % C) * PER
-            b_k = load_rows(p_k, b_row, m_i & (b_row < N), stride_kn, D, BD)
-            tl.store(p_score + o_i, tl.sum(b_k.to(tl.float32) * b_r[None, :], 1))
+            b_row = tl.load(p_list + o_i // C, mask=o_i // C < n_list, other=0) + (o_i % C) * PER
+            # what lies past the end is read from the last key, and not used
+            p_row = p_k + tl.minimum(b_row, N - 1).to(tl.int64)[:, None] * stride_kn + o_d[None, :]
+            b_k = tl.load(p_row) if D == BD else tl.load(p_row, mask=(o_d < D)[None, :], other=0.0)
+            b_s = tl.dot(b_k, b_r, input_precision=PREC)
+            tl.store(p_score + o_i, tl.sum(tl.where(o_one, b_s, 0.0), 1))
         tl.debug_barrier()
         o_j = tl.arange(0, KP * C)
         m_j = o_j // C < n_list
-        b_of = tl.load(p_list + o_j // C, mask=m_j, other=0)
-        b_j = (b_of // PER) * BN + b_of % PER + (o_j % C) * PER
+        b_j = tl.load(p_list + o_j // C, mask=m_j, other=0) + (o_j % C) * PER
         b_score = tl.where(m_j & (b_j < N), sortable(tl.load(p_score + o_j)), 0)
         tl.debug_barrier()
         b_keep, b_place = keep_top(b_score, K)
