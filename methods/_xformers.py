@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+import torch
+
 from attnbench.stages import stage
 
 from ._optional import flash_attn_hidden, installed, preload_cuda_runtime
@@ -28,10 +30,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, params: Params) -> Tensor:
 
 
 def _grouped(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs as xformers wants shared key heads: `[B, N, Hkv, H / Hkv, D]`, keys repeated without a copy."""
+    """Inputs as xformers wants shared key heads: `[B, N, Hkv, H / Hkv, D]`, keys repeated without a copy.
+
+    Its backward passes take no such layout: where gradients are wanted keys and values are copied for every query head.
+    """
     heads = k.shape[2]
     if heads == q.shape[2]:
         return q, k, v
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        copies = q.shape[2] // heads
+        return q, k.repeat_interleave(copies, 2), v.repeat_interleave(copies, 2)
     query = q.reshape(*q.shape[:2], heads, -1, q.shape[3])
     key, value = (x.unsqueeze(3).expand(-1, -1, -1, query.shape[3], -1) for x in (k, v))
     return query, key, value

@@ -73,7 +73,7 @@ METHOD = Method(
             "aten::_scaled_dot_product_flash_attention",
             "aten::_scaled_dot_product_flash_attention_for_cpu",
         ),
-        _sdpa("efficient", Limits(("cuda",), ("float32", *_HALF), cross=True), "aten::_scaled_dot_product_efficient_attention"),
+        _sdpa("efficient", Limits(("cuda",), ("float32", *_HALF), gqa=False, cross=True), "aten::_scaled_dot_product_efficient_attention"),
         _sdpa("math", Limits(cross=True), "aten::_scaled_dot_product_attention_math"),
     ),
     exact=True,

@@ -416,10 +416,11 @@ def test_half_precision_passes_the_gate(name, values, profile):
 def test_a_cuda_graph_replays_without_synchronising(name, n):
     method = attnbench.get(f"{name}@triton")
     qkv = inputs(h=4, n=n, d=64, dtype=torch.bfloat16)
-    grad = torch.randn_like(qkv[0])
+    grad, params = torch.randn_like(qkv[0]), method.parse({})
+    weights = method.initial(Shape.of(*qkv), params, qkv[0])
 
     def step():
-        out = method(*qkv)
+        out = method.dispatch(*qkv, params, weights)
         return out, *torch.autograd.grad(out, qkv, grad)
 
     want, got = replayed(step)

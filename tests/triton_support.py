@@ -41,7 +41,7 @@ def interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def replayed(step: Callable[[], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What a step on the GPU gives when called, and when replayed from a CUDA graph; fails where it synchronises with the host."""
-    want = step()
+    want = tuple(x.detach() for x in step())  # a graph kept alive would tie a captured backward pass to the stream of this one
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from ._grid import Grid
 
+_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+"""types of device that know autocast; asked here, since torch 2.11 cannot trace the question"""
 _LENGTHS = 16 * 16, 24 * 24
 """numbers of tokens at which learned weights are compared where none is given"""
 
@@ -59,7 +61,7 @@ def build(method: Method, heads: int, dim: int, tokens: int | None, params: dict
 def mix(method: Method, operator: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The operator, outside autocast unless the method brings a module of its own, whose weights only autocast would cast."""
     device = q.device.type
-    if method.builder is not None or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if method.builder is not None or device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return operator(q, k, v)
     with torch.autocast(device, enabled=False):
         return operator(q, k, v)
