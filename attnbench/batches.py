@@ -92,7 +92,9 @@ class Feed:
     def __init__(self, task: TrainedTask, split: Split, recipe: Recipe, device: str, *, first: int = 0) -> None:
         self.task, self.split, self.recipe, self.device, self.next = task, split, recipe, device, first
         workers = max(1, min(_AHEAD, (os.cpu_count() or 2) // 2))
-        self._pool = ThreadPoolExecutor(workers) if device != "cpu" else None
+        gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
+        begin = None if gpu is None else lambda: torch.cuda.set_device(gpu)  # where the thread pins memory
+        self._pool = ThreadPoolExecutor(workers, initializer=begin) if device != "cpu" else None
         self._waiting: deque[Future[Prepared]] = deque()
 
     def __enter__(self) -> Self:

@@ -58,7 +58,7 @@ class Folder:
     files: dict[Split, list[tuple[str, int]]]
     """split -> (name below `path`, class)"""
     unreadable: dict[Split, torch.Tensor] = field(default_factory=dict)
-    """split -> `[files]` bool, in memory that workers share"""
+    """split -> `[files]` bool"""
 
     @property
     def skipped(self) -> list[str]:
@@ -133,7 +133,7 @@ def open_folder(path: str | Path) -> Folder:
             files["test"] += [(image.relative_to(path).as_posix(), label) for image in below(path / given / name)]
     if empty := [split for split, images in files.items() if not images]:
         raise UserError(f"{path} has no images for {' and '.join(empty)}: it needs more of them, ending in {', '.join(SUFFIXES)}")
-    return Folder(path, names, files, {split: torch.zeros(len(x), dtype=torch.bool).share_memory_() for split, x in files.items()})
+    return Folder(path, names, files, {split: torch.zeros(len(x), dtype=torch.bool) for split, x in files.items()})
 
 
 def patches(image: torch.Tensor) -> torch.Tensor:
