@@ -81,12 +81,12 @@ METHOD = Method(
     cost=cost,
     limits=Limits(cross=True),
     implementations=(
+        fused("cosformer", Limits(cross=True, max_dim=256)),
         Implementation(
             "chunked",
             "attnbench.methods._cosformer:chunked",
             Limits(cross=True, extra=causal_cross),
             note="features made anew in the backward pass; causal by prefix states of chunks",
         ),
-        fused("cosformer", Limits(cross=True, max_dim=256)),
     ),
 )

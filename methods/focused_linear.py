@@ -126,13 +126,13 @@ METHOD = Method(
     cost=cost,
     limits=Limits(gqa=False, cross=True),
     implementations=(
+        fused("focused_linear", Limits(gqa=False, cross=True, extra=_fused_reasons)),
         Implementation(
             "chunked",
             "attnbench.methods._focused_linear:chunked",
             Limits(gqa=False, cross=True, extra=_chunked_reasons),
             note="features made anew in the backward pass; causal by prefix states of chunks",
         ),
-        fused("focused_linear", Limits(gqa=False, cross=True, extra=_fused_reasons)),
     ),
     weights=draw,
     couples_heads=True,

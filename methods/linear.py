@@ -70,13 +70,13 @@ METHOD = Method(
     cost=cost,
     limits=Limits(cross=True),
     implementations=(
+        fused("linear", Limits(cross=True, max_dim=256)),
         Implementation(
             "chunked",
             "attnbench.methods._linear:chunked",
             Limits(cross=True, extra=causal_cross),
             note="segments of tokens; causal by prefix states of chunks",
         ),
-        fused("linear", Limits(cross=True, max_dim=256)),
         Implementation(
             "fla",
             "attnbench.methods._linear_fla:attention",

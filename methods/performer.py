@@ -179,13 +179,13 @@ METHOD = Method(
     budget=budget,
     limits=Limits(cross=True),
     implementations=(
+        fused("performer", Limits(cross=True, max_dim=128, extra=_chunked_reasons)),
         Implementation(
             "chunked",
             "attnbench.methods._performer:chunked",
             Limits(cross=True, extra=_chunked_reasons),
             note="features made anew in the backward pass; causal by prefix states of chunks",
         ),
-        fused("performer", Limits(cross=True, max_dim=128, extra=_chunked_reasons)),
     ),
     surrogate="the maxima that keep exponentials small are taken for constants",
 )

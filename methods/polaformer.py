@@ -159,13 +159,13 @@ METHOD = Method(
     cost=cost,
     limits=Limits(gqa=False, cross=True),
     implementations=(
+        fused("polaformer", Limits(gqa=False, cross=True, max_dim=256, extra=_chunked_reasons)),
         Implementation(
             "chunked",
             "attnbench.methods._polaformer:chunked",
             Limits(gqa=False, cross=True, extra=_chunked_reasons),
             note="features made anew in the backward pass; causal by prefix states of chunks",
         ),
-        fused("polaformer", Limits(gqa=False, cross=True, max_dim=256, extra=_chunked_reasons)),
     ),
     weights=draw,
 )
