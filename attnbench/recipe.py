@@ -118,5 +118,5 @@ class Fit:
         """What it was after so many steps; later ones are left out, but for their time."""
         if self.step <= step:
             return self
-        curves = {name: [point for point in getattr(self, name) if point[0] <= step] for name in ("losses", "validation")}
+        curves: dict[str, Any] = {name: [point for point in getattr(self, name) if point[0] <= step] for name in ("losses", "validation")}
         return replace(self, step=step, diverged=False, **curves)
