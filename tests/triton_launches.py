@@ -256,6 +256,10 @@ def main() -> None:
             knobs.runtime.launch_enter_hook.remove(told.append)
             compare(log[:forward] if mode == "forward" else log, again, pointers, others, one="one" in case)
         print(forward, len(log), name)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        log, *_ = launched(mita, CASES["plain"], 3)
+    assert all(x[0] == MAIN for x in log), "kernels that run side by side have no time of their own"
+    assert {"attnbench::mita_forward", "attnbench::mita_backward"} <= {e.key for e in seen.key_averages()}
     assert len(told) == sum(len(x[0]) for x in first.values()), "hooks were not told of every launch"
 
 
