@@ -126,7 +126,8 @@ def costs(table: pd.DataFrame, wanted: pd.DataFrame, n: int) -> Source | None:
     conditions.
     """
     rows = _others(table, ("speed", "fidelity"))
-    return _source(rows[rows["time_s"].notna() | (rows["status"] != "ok")] if "time_s" in rows else rows.iloc[:0], wanted, n)
+    failed = rows["status"] != "ok"
+    return _source(rows[failed | rows["time_s"].notna()] if "time_s" in rows else rows[failed], wanted, n)
 
 
 def distances(table: pd.DataFrame, wanted: pd.DataFrame, n: int) -> Source | None:

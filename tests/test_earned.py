@@ -44,21 +44,38 @@ RECORDS = [
 ]
 
 
-def test_the_table_joins_accuracy_over_seeds_with_what_was_measured_at_the_same_length_and_parameters() -> None:
-    def timed(made: Case, time: float) -> Record:
-        plain = replace(made, task="speed", data="", steps=0, depth=0, rates="", batch=1)
-        memory = Memory(2**21, 0, 0, 0, 0, "test")
-        return Record(plain, Status.OK, "e", "eager", timing=Timing((time,), 0.1, "cpu"), memory=memory)
+def timed(made: Case, time: float, *, suite: str = "speed", **changes: Any) -> dict[str, Any]:
+    plain = replace(made, **{"task": "speed", "data": "", "steps": 0, "depth": 0, "rates": "", "batch": 1, **changes})
+    record = Record(plain, Status.OK, "e", "eager", timing=Timing((time,), 0.1, "cpu"), memory=Memory(2**21, 0, 0, 0, 0, "test"))
+    return frame._row(record, suite, {"device": "a device"})
 
-    others = [timed(case("mita", FULL), 2e-3), timed(case("mita", {**FULL, "topk": 9}), 5e-3), timed(case("softmax", n=128), 7e-3)]
-    header, lines = earned.lines(table(*RECORDS, *others))
-    assert header == ("method", "family", "N", "mqar", "mqar, causal", "pathfinder", "ms", "MiB", "error")
-    by_name = {line[0]: line[3:] for line in lines}
-    none = earned.NONE
-    assert by_name["Softmax"] == ("0.900 ± 0.100", "0.500 ± 0.000", none, none, none, none)
-    assert by_name["MiTA, shared=True"] == ("0.700 ± 0.000", "unsupported", "0.550", "2", "2", none)
-    assert by_name["MiTA, shared=False"] == ("diverged", none, "0.450", none, none, none)
-    assert len(lines) == 3
+
+def test_the_table_joins_accuracy_over_seeds_with_what_was_measured_elsewhere() -> None:
+    others = pd.DataFrame([
+        timed(case("mita", FULL), 2e-3), timed(case("mita", {**FULL, "topk": 9}), 5e-3), timed(case("softmax"), 7e-3),
+        timed(case("mita", FULL, n=128), 1.0), timed(case("mita", FULL), 9.0, mode="forward+backward"),
+        timed(case("mita", FULL), 8.0, replicate=1),
+    ])  # fmt: skip
+    found = earned.lines(table(*RECORDS), others)
+    assert found.header == ("method", "family", "N", "mqar", "mqar, causal", "pathfinder", "ms", "MiB", "costs of")
+    by_name, none = {line[0]: line[3:] for line in found.rows}, earned.NONE
+    assert by_name["Softmax"] == ("0.900 ± 0.100", "0.500 ± 0.000", none, "7", "2", "the same")
+    assert by_name["MiTA"] == ("0.700 ± 0.000", "unsupported", "0.550", "2", "2", "the same / landmarks=4")
+    assert by_name["MiTA, shared=False"] == ("diverged in 1 of 3", none, "0.450", none, none, none), "full and route-only are two things"
+    assert len(found.rows) == 3
+    assert found.methods == ("softmax", "mita", "mita")
+    assert found.notes == ("Time and memory: forward pass, speed (a device, B=1, H=1, D=64, float32, randn inputs), at equal N.",)
+
+
+def test_seeds_that_are_still_to_come_are_told() -> None:
+    rows = earned.asked(table(*RECORDS[:3], reached(case("topk"), 0.4), reached(case("topk", seed=1), 0.6)))
+    assert str(earned.cells(rows)["Top-k", "mqar", 64]) == "0.500 ± 0.141 (2 of 3 seeds)"
+
+
+def test_a_budget_names_what_it_set_and_numbers_name_the_rest() -> None:
+    records = [replace(reached(case("topk", {"topk": k}, n=n), 0.5), budget=(b,)) for b in (8, 16) for n, k in ((64, b), (128, b + 1))]
+    rows = earned.asked(table(*records, reached(case("topk", {"topk": 5}), 0.5)))
+    assert set(rows["series"]) == {"Top-k, budget=8", "Top-k, budget=16", "Top-k, topk=5"}
 
 
 def test_the_report_names_seeds_and_steps() -> None:
@@ -74,15 +91,33 @@ def test_the_figure_draws_means_ranges_and_what_failed() -> None:
     assert set(drawn.loc[("mqar", "mita"), "status"]) == {"ok", "diverged"}
     assert drawn.loc[("mqar", "mita")].query("status == 'diverged'")["value"].isna().all(), "never a mean of the survivors"
     figure = accuracy.build(table(*RECORDS))
-    assert [a.get_title() for a in figure.axes if a.get_visible()] == ["mqar", "mqar, causal", "pathfinder"]
-    assert "mqar: diverged MiTA" in figure.get_supxlabel().replace("\n", " ")
+    assert figure is not None
+    assert [t for a in figure.axes if (t := a.get_title())] == ["mqar", "mqar, causal", "pathfinder"]
+    letters = sorted(t.get_text() for a in figure.axes for t in a.texts)
+    assert letters == ["D", "U"]
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert "Fewer: MiTA at mqar, causal" in caption
+    assert "U unsupported, D training diverged" in caption
 
 
-def test_learning_curves_are_those_of_the_rate_chosen() -> None:
+def test_learning_curves_are_those_of_the_rate_chosen_over_seeds() -> None:
     drawn = curves.data(table(*RECORDS))
-    one = drawn[(drawn["panel"] == "mqar, N=64") & (drawn["method"] == "softmax") & (drawn["seed"] == 1)]
-    assert list(zip(one["step"], one["value"], strict=True)) == [(5, 0.4), (10, 0.8)]
+    one = drawn[(drawn["panel"] == "mqar, N=64") & (drawn["method"] == "softmax")]
+    points = list(zip(one["n"], one["value"], one["low"], one["high"], strict=True))
+    assert points == [(5, pytest.approx(0.45), 0.4, 0.5), (10, pytest.approx(0.9), 0.8, 1.0)]
     assert curves.build(table(*RECORDS)) is not None
+
+
+def test_a_run_that_stopped_at_the_target_keeps_its_last_value() -> None:
+    early = reached(case("softmax", seed=1), 1.0)
+    trials = tuple(replace(t, steps=5, validation=t.validation[:1]) for t in early.training.trials)  # type: ignore[union-attr]
+    early = replace(early, training=replace(early.training, trials=trials))  # type: ignore[type-var]
+    drawn = curves.data(table(reached(case("softmax"), 0.8), early)).set_index("n")
+    assert drawn.loc[10, ["value", "low", "high"]].tolist() == [pytest.approx(0.65), 0.5, 0.8]
+
+
+def test_suites_whose_tasks_are_many_are_split_into_figures_by_task() -> None:
+    assert [g.place for g in curves.groups(table(*RECORDS))] == ["a-device-mqar", "a-device-pathfinder"]
 
 
 @pytest.mark.parametrize("module", [accuracy, curves])

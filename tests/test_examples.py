@@ -72,10 +72,11 @@ def test_maps_show_what_experts_keep_and_captions_what_they_prune(class_token):
                 heads = [bool(layer.kept[example, head, token + class_token]) for head in range(2)]
                 assert own[example, token // 16, token % 16] == sum(heads) / 2
     figure = _kept.build(task, batch, found)
-    panels = [panel.images[0].get_array() for panel in figure.axes]
+    panels = [[image.get_array() for image in panel.images] for panel in figure.axes]
     titles = [panel.get_title() for panel in figure.axes[1:4]]
     plt.close(figure)
-    assert np.array_equal(np.stack(panels[1:4]), maps[:, 0])
+    assert all(np.array_equal(images[0], batch.inputs[0].reshape(16, 16)) for images in panels[:4]), "over the picture"
+    assert np.allclose(np.stack([images[1][..., 3] for images in panels[1:4]]), _kept.OPACITY * (1 - maps[:, 0]))
     assert titles == [f"layer {i}: {1 - x.mean():.0%} pruned" for i, x in enumerate(maps)]
     table = _kept.data(task, batch, found)
     assert table["kept"].sum() == pytest.approx(maps.sum())
@@ -98,3 +99,19 @@ def test_the_command_draws_the_map_of_a_checkpoint(tmp_path):
     lines = call("plot", "--kept", tmp_path / "small.pt", "--out", tmp_path).stdout.splitlines()
     assert [line.rpartition("/")[2] for line in lines] == [f"kept-small.{kind}" for kind in ("pdf", "png", "csv")]
     assert len(pd.read_csv(tmp_path / "kept-small.csv")) == 3 * 4 * 256
+
+
+def test_what_records_keep_of_routing_is_what_the_layers_say():
+    task = trained.get("pathfinder")
+    batch = task.batch("test", 0, 3, 256, 0)
+    found = routing.layers(model_of("mita", landmarks=9, topk=4), batch)
+    kept = routing.summary(found, 256, pictures=True)
+    assert kept["pruned"] == tuple(layer.pruned for layer in found)
+    for text, loads, busiest, layer in zip(kept["kept"], kept["loads"], kept["busiest"], found, strict=True):
+        assert np.array_equal(routing.unpacked(text, 256), layer.kept[: routing.PICTURED].sum(1).numpy())
+        ranked = (layer.load / layer.load.double().mean(-1, keepdim=True)).sort(-1, descending=True).values.mean((0, 1))
+        assert len(loads) == routing.LEVELS
+        assert (loads[0], loads[-1], loads[5]) == pytest.approx((ranked[0], ranked[-1], ranked[4]))
+        assert loads[0] == busiest
+    assert routing.summary(found, 256, pictures=False)["kept"] == ()
+    assert routing.summary([routing.Layer(None, None)], 256, pictures=True) == {"pruned": (), "busiest": (), "loads": (), "kept": ()}

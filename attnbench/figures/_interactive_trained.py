@@ -112,5 +112,5 @@ def _row(part: pd.DataFrame, palette: list[str]) -> Any:
     plot.image(
         "image", x="x", y="y", dw="dw", dh="dh", color_mapper=LinearColorMapper(palette=palette, low=0, high=_SHADES - 1), source=drawn
     )
-    plot.height = 220
+    plot.height, plot.background_fill_color = 220, "#eeeeee"
     return plot
