@@ -162,8 +162,11 @@ class CellRunner:
             return replace(record, status=Status.INCORRECT, gate=verdict, reasons=_excess(verdict.errors, verdict.bounds))
         metrics = TASKS[case.task](method, params, tensors, weights, forward=bound.forward, layout=chosen.layout)
         usage = memory.measure(bound.forward, bound.backward if backward else None, bound.input_bytes, self.device)
+        record = replace(record, gate=verdict, metrics=metrics, memory=usage)
+        if not self.protocol.timed:
+            return record
         taken = timing.measure(self._clock(case, bound), self.protocol, first_call_s, self.monitor)
-        record = replace(record, gate=verdict, metrics=metrics, memory=usage, timing=taken)
+        record = replace(record, timing=taken)
         return self._metered(record, bound, median(taken.samples_s)) if self.protocol.energy else record
 
     def _metered(self, record: Record, bound: Bound, time_s: float) -> Record:

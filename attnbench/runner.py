@@ -76,8 +76,8 @@ def sweep(
     """Run every case of `suite`, or of a `shard` of it, and store a record of each under `results/<suite>/<device>/`.
 
     With `resume`, cells that earlier runs settled on this very environment are left alone (`retry`: only those that were measured or
-    unsupported), but where the protocol asks for a breakdown or energy, those measured without are measured again. Cells run on this
-    machine unless `place` says where; of a suite that trains, `concurrent` of them at once. Raises `UserError` before anything runs where
+    unsupported), but where the protocol asks for times, a breakdown or energy, those measured without are measured again. Cells run on this
+    machine unless `place` says where, `concurrent` of them at once where nothing is timed. Raises `UserError` before anything runs where
     the suite or the folder is at fault; a failing cell is a record.
     """
     planned = suite.planned()
@@ -99,8 +99,8 @@ def sweep(
 
 def _here(suite: Suite, device: str, plugins: Sequence[Path], checkpoints: Path, concurrent: int) -> Executor:
     """This machine. Raises `UserError` where cells that are timed were to run beside each other."""
-    if concurrent > 1 and suite.task != TRAINED:
-        raise UserError(f"suite {suite.name} times its cells, which would slow each other down: leave out --concurrent")
+    if concurrent > 1 and suite.task != TRAINED and suite.protocol.timed:
+        raise UserError(f"suite {suite.name} times its cells, which would slow each other down: leave out --concurrent, or add --untimed")
     cells = [executor.Cells(device, suite.protocol, tuple(plugins), checkpoints) for _ in range(concurrent)]
     if concurrent == 1:
         return executor.Local(cells[0])
@@ -153,6 +153,8 @@ class _Sweep:
         settled = store.done(self.target.records(), self.env_id, self.suite.protocol.timeout_s)
         if retry:
             settled = {key: r for key, r in settled.items() if r.status not in _TOO_LARGE}
+        if self.suite.protocol.timed and self.suite.task != TRAINED:
+            settled = {key: r for key, r in settled.items() if r.timing or r.status is not Status.OK}
         if self.suite.protocol.breakdown:
             settled = {key: r for key, r in settled.items() if r.breakdown or r.status is not Status.OK}
         if self.suite.protocol.energy:

@@ -163,6 +163,8 @@ class Protocol:
     """queries at which an output is held against the float64 definition"""
     aa: bool = True
     """measure one method of each point a second time, for the noise floor"""
+    timed: bool = True
+    """whether calls are timed; where not, cells may run beside each other"""
     breakdown: bool = False
     """after the clocks, take some calls apart by stage under a profiler"""
     energy: bool = False
@@ -172,6 +174,9 @@ class Protocol:
         for name in ("half_width", "budget_s", "max_samples", "timeout_s", "gate_rows"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} = {getattr(self, name)} must be above 0")
+        for name in ("breakdown", "energy"):
+            if getattr(self, name) and not self.timed:
+                raise UserError(f"{name} is of calls that are timed: leave it out, or time them")
         if self.timeout_s > _LONGEST_S:
             raise UserError(f"timeout_s = {self.timeout_s:g} must be at most {_LONGEST_S:g}, which is 23 days")
 

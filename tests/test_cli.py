@@ -37,7 +37,7 @@ FLAGS = {
     "report": {"--format", "--lengths", "--out", "--html"},
     "run": {
         *("--results", "--device", "--method", "--axis", "--set", "--budget", "--resume", "--no-resume", "--retry", "--timeout"),
-        *("--budget-s", "--breakdown", "--energy", "--quiet", "-q", "--json", "--plugin", "--shard", "--executor", "--address"),
+        *("--budget-s", "--untimed", "--breakdown", "--energy", "--quiet", "-q", "--json", "--plugin", "--shard", "--executor", "--address"),
         "--concurrent",
         "--data",
     },

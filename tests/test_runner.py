@@ -249,6 +249,20 @@ def test_cells_that_are_timed_never_run_side_by_side(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_cells_without_clocks_run_side_by_side_and_are_timed_later(tmp_path: Path) -> None:
+    untimed = suite("softmax", "linear", protocol=replace(QUICK, timed=False))
+    first = sweep(untimed, tmp_path, concurrent=2)
+    assert first.counts == {Status.OK: 2}
+    assert all(r.timing is None and r.gate.passed and r.memory for r in first.records)
+    assert sweep(untimed, tmp_path, resume=True).resumed == 2
+    timed = sweep(suite("softmax", "linear"), tmp_path, resume=True)
+    assert timed.resumed == 0
+    assert all(r.timing for r in timed.records)
+    assert sweep(untimed, tmp_path, resume=True).resumed == 2
+    with pytest.raises(UserError, match="breakdown is of calls that are timed"):
+        replace(untimed.protocol, breakdown=True)
+
+
 def test_a_cell_without_memory_beside_others_runs_again_alone() -> None:
     ran: list[tuple[str, list[str]]] = []
     beside: list[str] = []

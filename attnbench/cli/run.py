@@ -51,6 +51,9 @@ def run(
     retry: Annotated[bool, typer.Option("--retry", help="With --resume: try cells again that ran out of memory or time.")] = False,
     timeout: Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Time a cell may take in all.")] = None,
     budget_s: Annotated[float | None, typer.Option("--budget-s", metavar="SECONDS", help="Timed calls of a cell, in all.")] = None,
+    untimed: Annotated[
+        bool, typer.Option("--untimed", help="Leave out the clocks: output, gate and memory alone. A later --resume times.")
+    ] = False,
     breakdown: Annotated[bool, typer.Option("--breakdown", help="Take each cell's time apart by stage, on calls of its own.")] = False,
     energy: Annotated[bool, typer.Option("--energy", help="Meter the energy of calls too, where the GPU reports it.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell only of notes and failures.")] = False,
@@ -62,7 +65,7 @@ def run(
         str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster. Default: $RAY_ADDRESS, else this machine's.")
     ] = None,
     concurrent: Annotated[
-        int, typer.Option("--concurrent", metavar="K", min=1, help="Cells at once on one device, only of suites that train.")
+        int, typer.Option("--concurrent", metavar="K", min=1, help="Cells at once on one device, where none is timed.")
     ] = 1,
 ) -> None:
     """Run a suite: check, time and measure every cell, each written to disk as soon as it ends.
@@ -76,7 +79,8 @@ def run(
 
     with_plugins(plugin)
     chosen = with_folder(read_suite(suite, axis, method, set_, budget), data, needed=True)
-    chosen = _protocol(chosen, timeout, budget_s, breakdown or None, energy or None)
+    flags = {"timed": False if untimed else None, "breakdown": breakdown or None, "energy": energy or None}
+    chosen = _protocol(chosen, {"timeout_s": timeout, "budget_s": budget_s, **flags})
     part = Shard.parse(shard) if shard else None
     if executor is Place.RAY and concurrent > 1:
         raise UserError("--concurrent is for one device of this machine, a cluster has one cell on each: leave it out")
@@ -113,11 +117,9 @@ def _place(
     return pick_device(device), None
 
 
-def _protocol(
-    suite: "Suite", timeout: float | None, budget: float | None, breakdown: bool | None = None, energy: bool | None = None
-) -> "Suite":
-    options = {"timeout_s": timeout, "budget_s": budget, "breakdown": breakdown, "energy": energy}
-    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+def _protocol(suite: "Suite", options: dict[str, Any]) -> "Suite":
+    """The suite with what was given, which is what is not None."""
+    given = {key: value for key, value in options.items() if value is not None}
     return replace(suite, protocol=replace(suite.protocol, **given))
 
 
