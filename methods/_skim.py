@@ -20,18 +20,19 @@ STAGES = {
 }
 
 
-def thresholded() -> Implementation:
-    """`triton` of `spark`."""
+def thresholded() -> tuple[Implementation, Implementation]:
+    """`triton` of `spark`, and `lists`."""
 
     def refused(shape: Shape, _params: Params, dtype: torch.dtype, device: str) -> list[str]:
         from attnbench.kernels import spark
 
         return [] if device != "cuda" else spark.supported(shape.dim, shape.dim_v, dtype)
 
-    return Implementation(
+    limits = Limits(("cuda",), DTYPES, cross=True, extra=refused)
+    dense = Implementation(
         "triton",
         "attnbench.methods._spark:fused",
-        Limits(("cuda",), DTYPES, cross=True, extra=refused),
+        limits,
         requires=("triton",),
         operators=("attnbench::spark_forward",),
         note="one pass over all pairs; scores below the threshold weigh nothing",
@@ -41,6 +42,20 @@ def thresholded() -> Implementation:
             "attend gradient": ("spark_query_gradient_kernel", "spark_key_gradient_kernel"),
         },
     )
+    lists = Implementation(
+        "lists",
+        "attnbench.methods._spark:listed",
+        limits,
+        requires=("triton",),
+        operators=("attnbench::spark_listed_forward",),
+        note="keys above the threshold listed in one pass over pairs, then gathered; dk and dv are added up in no fixed order",
+        stages={
+            "select": ("spark_statistics_kernel", "spark_list_kernel"),
+            "attend": ("spark_gather_kernel", "spark_attend_kernel"),
+            "attend gradient": ("spark_spread_kernel", "spark_query_gradient_kernel", "spark_key_gradient_kernel"),
+        },
+    )
+    return dense, lists
 
 
 def selecting(name: str, takes: Callable[[Shape, Params, torch.dtype], list[str]]) -> Implementation:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .spark import SparkParams
 
 _ARRAYS = 10  # of scores of a chunk that exist at once
+_SPARE = 4  # room in a list, times K
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor, params: SparkParams) -> Tensor:
@@ -30,17 +31,33 @@ def chunked(q: Tensor, k: Tensor, v: Tensor, params: SparkParams) -> Tensor:
 
 def fused(q: Tensor, k: Tensor, v: Tensor, params: SparkParams) -> Tensor:
     """The same in one pass over pairs by `attnbench.kernels.spark`, with one pass before it for the thresholds of causal queries."""
-    from attnbench.kernels.spark import spark_attention, spark_statistics
+    from attnbench.kernels.spark import spark_attention
 
     r = params.split(q.shape[-1])
-    with torch.no_grad(), stage("select"):
-        if params.causal:
-            mean, squares = spark_statistics(q, k, r)
-            count = torch.arange(1, q.shape[2] + 1, device=q.device).clamp(max=k.shape[2])
-            limit = mean + deviations(squares, count, params)
-        else:
-            limit = limits(q[..., :r], k[..., :r], params).squeeze(-1)
-    return spark_attention(q, k, v, limit, r, *params.factors(q.shape[-1]), causal=params.causal)
+    return spark_attention(q, k, v, _known(q, k, params), r, *params.factors(q.shape[-1]), causal=params.causal)
+
+
+def listed(q: Tensor, k: Tensor, v: Tensor, params: SparkParams) -> Tensor:
+    """The same by `attnbench.kernels.spark_lists`: lists of up to four times as many keys as are kept where scores are normal."""
+    from attnbench.kernels.spark_lists import spark_listed
+
+    r, longest = params.split(q.shape[-1]), min(_SPARE * params.topk, k.shape[2])
+    return spark_listed(q, k, v, _known(q, k, params), r, *params.factors(q.shape[-1]), longest, causal=params.causal)
+
+
+@torch.no_grad()
+def _known(q: Tensor, k: Tensor, params: SparkParams) -> Tensor:
+    """Thresholds `[B, H, N]` before any is lowered."""
+    from attnbench.kernels.spark import spark_statistics
+
+    r = params.split(q.shape[-1])
+    with stage("select"):
+        if not params.causal:
+            return limits(q[..., :r], k[..., :r], params).squeeze(-1)
+        mean, squares = spark_statistics(q, k, r)
+        count = torch.arange(1, q.shape[2] + 1, device=q.device).clamp(max=k.shape[2])
+        known: Tensor = mean + deviations(squares, count, params)
+        return known
 
 
 @torch.no_grad()

@@ -172,7 +172,7 @@ METHOD = Method(
     budget=budget,
     limits=Limits(cross=True),
     implementations=(
-        thresholded(),
+        *thresholded(),
         Implementation(
             "chunked",
             "attnbench.methods._spark:chunked",

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import attnbench
 from attnbench.kernels import spark as kernels
 from attnbench.kernels.spark import spark_attention, spark_forward, spark_statistics
+from attnbench.kernels.spark_lists import listed_forward, spark_listed
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
@@ -22,8 +24,8 @@ def make(*shapes, dtype=torch.float32, seed=0):
     return [torch.randn(s, generator=generator).to(DEVICE, dtype) for s in shapes]
 
 
-def fused(q, k, v, params):
-    return attnbench.get("spark").implementation("triton").load()(q, k, v, params)
+def fused(q, k, v, params, how="triton"):
+    return attnbench.get("spark").implementation(how).load()(q, k, v, params)
 
 
 CASES = {  # heads, key heads, N, M, D, Dv, parameters, dtype
@@ -38,15 +40,23 @@ CASES = {  # heads, key heads, N, M, D, Dv, parameters, dtype
 }
 
 
+LISTED = {("uneven parts, Dv > D", False), ("two dimensions", True)}
+"""what lists are tried at in the interpreter, which takes long for a program a query"""
+
+
+@pytest.mark.parametrize("how", ["triton", "lists"])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_output_and_gradients_are_the_definitions(case, causal):
+@pytest.mark.parametrize("name", CASES)
+def test_output_and_gradients_are_the_definitions(name, causal, how):
+    if how == "lists" and DEVICE == "cpu" and (name, causal) not in LISTED:
+        pytest.skip("on a GPU only")
+    case = CASES[name]
     h, hk, n, m, d, dv, setting, dtype = case
     method = attnbench.get("spark")
     params = method.parse({**setting, "causal": causal})
     q, k, v, grad = make((2, h, n, d), (2, hk, m, d), (2, hk, m, dv), (2, h, n, dv), dtype=dtype)
     found = []
-    for function, dtype_ in ((fused, dtype), (method.reference, torch.float64)):
+    for function, dtype_ in ((partial(fused, how=how), dtype), (method.reference, torch.float64)):
         leaves = [x.to(dtype_).requires_grad_() for x in (q, k, v)]
         out = function(*leaves, params)
         found.append((out, *torch.autograd.grad(out, leaves, grad.to(dtype_))))
@@ -54,6 +64,29 @@ def test_output_and_gradients_are_the_definitions(case, causal):
         assert mine.isfinite().all()
         assert mine.dtype == dtype
         assert float((mine.double() - theirs).detach().norm()) < TOLERANCE[dtype] * max(1.0, float(theirs.detach().norm()))
+
+
+@pytest.mark.parametrize("longest", [20] if DEVICE == "cpu" else [1, 20, 100])
+def test_tiles_whose_queries_fit_no_list_are_computed_whole(longest):
+    """Of three tiles of queries one keeps most keys, one none, and one a few; lists hold one key, some, or all."""
+    q, k, v, grad = make((1, 2, 150, 32), (1, 1, 100, 32), (1, 1, 100, 24), (1, 2, 150, 24))
+    scores = q[..., :16] @ k[..., :16].repeat_interleave(2, 1).mT
+    place = torch.arange(150, device=DEVICE) // 64
+    limit = torch.where(place == 0, scores.quantile(0.2, -1), torch.where(place == 1, 1e9, scores.quantile(0.93, -1)))
+    found = []
+    for function in (partial(spark_listed, longest=longest), spark_attention):
+        leaves = [x.detach().requires_grad_() for x in (q, k, v)]
+        out = function(*leaves, limit, 16, 0.25, 0.25)
+        found.append((out, *torch.autograd.grad(out, leaves, grad)))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.detach().abs().max()))
+    _, _, _, index, count, flags = listed_forward(q, k, v, limit, 16, 0.25, 0.25, longest, False)
+    assert flags[0, 0].tolist() == [int(longest < 100), 1, int(longest < int(count[0, 0, 128:].max()))]
+    kept = (scores >= limit.unsqueeze(-1)).sum(-1)
+    assert torch.equal(count.long(), kept)
+    for row in (0, 130, 149):
+        want = (scores[0, 1, row] >= limit[0, 1, row]).nonzero().flatten()[:longest]
+        assert index[0, 1, row, : len(want)].tolist() == want.tolist(), "in order"
 
 
 @pytest.mark.parametrize("shift", [0.0, 40.0])
@@ -132,6 +165,7 @@ def test_these_kernels_and_those_that_select_compile_for_an_h100(tmp_path):
     assert {name for name, _ in shared} == {
         *("topk_score_kernel", "topk_select_kernel", "gather_attend_kernel", "gather_gradient_kernel"),
         *("spark_statistics_kernel", "spark_attend_kernel", "spark_query_gradient_kernel", "spark_key_gradient_kernel"),
+        *("spark_list_kernel", "spark_gather_kernel", "spark_spread_kernel"),
     }
     assert all(int(size) <= 227 << 10 for _, size in shared), "more shared memory than a multiprocessor has"
 

@@ -9,19 +9,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attnbench.kernels import gather, spark, topk
+from attnbench.kernels import gather, spark, spark_lists, topk
 
 WIDE = ("gate", "chunk_top", "block_top", "score", "lse", "limit", "used", "delta", "mean", "squares")
+LISTS = ("index", "count", "flags", "some")
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
 
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, dtype: str, stages: int = 2) -> Any:
     """A kernel with these constants; pointers and strides divide by 16. Sizes that are 1 are constants, as at a launch."""
     names = [p.name for p in kernel.params]
-    atomics = ("dk", "dv") if kernel.__name__.startswith("gather") else ()
+    atomics = ("dk", "dv") if kernel.__name__.startswith(("gather", "spark_spread")) or constants.get("SOME") else ()
     types = {name: "fp32" if name.startswith("scale") else "i32" for name in names}
-    types |= {name: "*i32" if name == "index" else "*fp32" if name in WIDE + atomics else f"*{dtype}" for name in names
-              if name in (*WIDE, *INPUTS, "index")}  # fmt: skip
+    types |= {name: "*i32" if name in LISTS else "*fp32" if name in WIDE + atomics else f"*{dtype}" for name in names
+              if name in (*WIDE, *INPUTS, *LISTS)}  # fmt: skip
     own = {name: value for name, value in constants.items() if name in names}
     place = {name: i for i, name in enumerate(names)}
     source = ASTSource(
@@ -53,7 +54,11 @@ def main() -> None:
         spark.spark_query_gradient_kernel,
         spark.spark_key_gradient_kernel,
     ):
-        jobs += [(kernel, pairs, 4, "bf16"), (kernel, {**pairs, **ones}, 4, "bf16"), (kernel, wide, 8, "fp32")]
+        jobs += [(kernel, {**pairs, **own}, 4, "bf16") for own in ({"SOME": True}, {"SOME": False, **ones})]
+        jobs += [(kernel, {**wide, "SOME": False}, 8, "fp32")]
+    lists = {**pairs, "L": 256, "TQ": 64, "BK": 64}
+    for kernel in (spark_lists.spark_list_kernel, spark_lists.spark_gather_kernel, spark_lists.spark_spread_kernel):
+        jobs += [(kernel, lists, 4, "bf16"), (kernel, {**wide, **ones, "L": 36, "TQ": 64, "BK": 8}, 4, "fp32")]
     for kernel, constants, warps, dtype in jobs:
         print(kernel.__name__, compiled(kernel, constants, warps, dtype).metadata.shared)
 

@@ -47,6 +47,12 @@ def gate_of(b_t):
 
 
 @triton.jit
+def flag_of(flags, i_bh, N, first):
+    """Where the flag of the tile of 64 queries is that holds the one at `first`."""
+    return flags + i_bh * ((N + 63) // 64) + first // 64
+
+
+@triton.jit
 def spark_statistics_kernel(
     q, k, mean, squares, stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, H, N, M, TILES,
     G: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BQ: tl.constexpr, BN: tl.constexpr, PREC: tl.constexpr,
@@ -81,14 +87,22 @@ def spark_statistics_kernel(
 
 @triton.jit
 def spark_attend_kernel(
-    q, k, v, limit, out, lse, used,
+    q, k, v, limit, flags, out, lse, used,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     H, N, M, TILES, scale, scale_s,
     G: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BDV: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries of one head. R dimensions predict, S gate; `lse` is base 2; `used` is the threshold as lowered."""
+    """A tile of queries of one head. R dimensions predict, S gate; `lse` is base 2; `used` is the threshold as lowered.
+
+    With SOME only tiles of 64 queries whose flag is not 0, here and in the other kernels.
+    """
     i_t, i_bh = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    wanted = 1
+    if SOME:
+        wanted = tl.load(flag_of(flags, i_bh, N, i_t * BQ))
+    if wanted == 0:
+        return
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     o_q = i_t * BQ + tl.arange(0, BQ)
     m_q = o_q < N
@@ -139,14 +153,19 @@ def weights_of(
 
 @triton.jit
 def spark_query_gradient_kernel(
-    q, k, v, grad, lse, used, delta, dq,
+    q, k, v, grad, lse, used, delta, flags, dq,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     H, N, M, TILES, scale, scale_s,
     G: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BDV: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """dq of a tile of queries; `delta` is `grad . out`."""
     i_t, i_bh = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    wanted = 1
+    if SOME:
+        wanted = tl.load(flag_of(flags, i_bh, N, i_t * BQ))
+    if wanted == 0:
+        return
     i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
     o_q = i_t * BQ + tl.arange(0, BQ)
     m_q = o_q < N
@@ -178,13 +197,18 @@ def spark_query_gradient_kernel(
 
 @triton.jit
 def spark_key_gradient_kernel(
-    q, k, v, grad, lse, used, delta, dk, dv,
+    q, k, v, grad, lse, used, delta, flags, some, dk, dv,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     H, N, M, TILES, scale, scale_s,
     G: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BDV: tl.constexpr,
-    BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr,
+    BQ: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, PREC: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of keys of one key head, over the queries of its G heads."""
+    """dk and dv of a tile of keys of one key head, over the queries of its G heads; with SOME added to what is there, where `some` is 1."""
+    wanted = 1
+    if SOME:
+        wanted = tl.load(some)
+    if wanted == 0:
+        return
     i_t, i_kv = tl.program_id(0) % TILES, tl.program_id(0) // TILES
     heads = H // G
     i_b, i_h = (i_kv // heads).to(tl.int64), (i_kv % heads).to(tl.int64)
@@ -203,20 +227,27 @@ def spark_key_gradient_kernel(
         i_q = i_h * G + g
         p_q = q + i_b * stride_qb + i_q * stride_qh
         for start in range(first, N, BQ):
-            o_q = start + tl.arange(0, BQ)
-            m_q = o_q < N
-            o_row = (i_b * H + i_q) * N + o_q
-            b_qr, b_qs = load_rows(p_q, o_q, m_q, stride_qn, R, BR), load_rows(p_q + R, o_q, m_q, stride_qn, S, BS)
-            b_lse, b_limit = tl.load(lse + o_row, mask=m_q, other=0.0), tl.load(used + o_row, mask=m_q, other=0.0)
-            m_s = visible(o_q, o_n, M, CAUSAL) & m_q[:, None]
-            b_p, b_gate, b_slope = weights_of(b_qr, b_qs, b_kr, b_ks, b_limit, b_lse, m_s, scale, scale_s, PREC)
-            b_g = load_rows(grad, o_row, m_q, DV, DV, BDV)
-            b_dv += tl.dot(tl.trans((b_p * b_gate).to(b_g.dtype)), b_g, input_precision=PREC)
-            b_dw = tl.dot(b_g, tl.trans(b_v), input_precision=PREC)
-            b_dks += tl.dot(tl.trans((b_p * b_dw * b_slope).to(b_qs.dtype)), b_qs, input_precision=PREC)
-            b_ds = b_p * (b_dw * b_gate - tl.load(delta + o_row, mask=m_q, other=0.0)[:, None])
-            b_dkr += tl.dot(tl.trans(b_ds.to(b_qr.dtype)), b_qr, input_precision=PREC)
+            if SOME:
+                wanted = tl.load(flag_of(flags, i_b * H + i_q, N, start))
+            if wanted != 0:
+                o_q = start + tl.arange(0, BQ)
+                m_q = o_q < N
+                o_row = (i_b * H + i_q) * N + o_q
+                b_qr, b_qs = load_rows(p_q, o_q, m_q, stride_qn, R, BR), load_rows(p_q + R, o_q, m_q, stride_qn, S, BS)
+                b_lse, b_limit = tl.load(lse + o_row, mask=m_q, other=0.0), tl.load(used + o_row, mask=m_q, other=0.0)
+                m_s = visible(o_q, o_n, M, CAUSAL) & m_q[:, None]
+                b_p, b_gate, b_slope = weights_of(b_qr, b_qs, b_kr, b_ks, b_limit, b_lse, m_s, scale, scale_s, PREC)
+                b_g = load_rows(grad, o_row, m_q, DV, DV, BDV)
+                b_dv += tl.dot(tl.trans((b_p * b_gate).to(b_g.dtype)), b_g, input_precision=PREC)
+                b_dw = tl.dot(b_g, tl.trans(b_v), input_precision=PREC)
+                b_dks += tl.dot(tl.trans((b_p * b_dw * b_slope).to(b_qs.dtype)), b_qs, input_precision=PREC)
+                b_ds = b_p * (b_dw * b_gate - tl.load(delta + o_row, mask=m_q, other=0.0)[:, None])
+                b_dkr += tl.dot(tl.trans(b_ds.to(b_qr.dtype)), b_qr, input_precision=PREC)
     o_row = i_kv.to(tl.int64) * M + o_n
+    if SOME:
+        b_dkr += load_rows(dk, o_row, m_n, R + S, R, BR) / scale
+        b_dks += load_rows(dk + R, o_row, m_n, R + S, S, BS) / scale_s
+        b_dv += load_rows(dv, o_row, m_n, DV, DV, BDV)
     store_rows(dk, o_row, m_n, R + S, b_dkr * scale, R, BR)
     store_rows(dk + R, o_row, m_n, R + S, b_dks * scale_s, S, BS)
     store_rows(dv, o_row, m_n, DV, b_dv, DV, BDV)
@@ -299,8 +330,8 @@ def spark_forward(
     tiles = -(-n // constants["BQ"])
     with on_device(q):
         spark_attend_kernel[(b * h * tiles,)](
-            q, k, v, limit.float().contiguous(), out, lse, used, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], h, n, k.shape[2],
-            tiles, scale, scale_s, **constants,
+            q, k, v, limit.float().contiguous(), q, out, lse, used, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], h, n, k.shape[2],
+            tiles, scale, scale_s, SOME=False, **constants,
         )  # fmt: skip
     return out, lse, used
 
@@ -328,11 +359,11 @@ def spark_backward(
     with on_device(q):
         tiles = -(-n // constants["BQ"])
         spark_query_gradient_kernel[(b * h * tiles,)](
-            q, k, v, grad, lse, used, delta, dq, *shared, tiles, scale, scale_s, **constants
+            q, k, v, grad, lse, used, delta, q, dq, *shared, tiles, scale, scale_s, SOME=False, **constants
         )  # fmt: skip
         tiles = -(-m // constants["BN"])
         spark_key_gradient_kernel[(b * k.shape[1] * tiles,)](
-            q, k, v, grad, lse, used, delta, dk, dv, *shared, tiles, scale, scale_s, **constants
+            q, k, v, grad, lse, used, delta, q, q, dk, dv, *shared, tiles, scale, scale_s, SOME=False, **constants
         )  # fmt: skip
     return dq, dk, dv
 
