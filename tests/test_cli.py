@@ -240,7 +240,7 @@ def test_check_reports_every_implementation_and_fails_on_a_wrong_one(monkeypatch
     rows = answer("check", "softmax@math", "--device", "cpu", "--json")
     assert {r["verdict"] for r in rows} == {"passed"}
     assert all(r["error"] <= r["bound"] for r in rows)
-    wrong = replace(attnbench.get("softmax"), implementations=(replace(attnbench.get("linear").all_implementations()[0], name="wrong"),))
+    wrong = replace(attnbench.get("softmax"), implementations=(replace(attnbench.get("linear").implementation("chunked"), name="wrong"),))
     monkeypatch.setitem(registry.registry().found, "softmax", wrong)
     result = call("check", "softmax@wrong", "--device", "cpu", "--json")
     assert result.exit_code == 1
