@@ -19,11 +19,11 @@ def wide_bmm(a: Tensor, b: Tensor) -> Tensor:
 
 
 def outer_sum(a: Tensor, b: Tensor) -> Tensor:
-    """`a^T b` `[X, D, E]` in at least float32 of `a: [X, N, D]` and `b: [X, N, E]`, as a sum over runs of rows."""
-    runs = divisor(a.shape[1], a.shape[1] // _SUMMED)
-    left, right = (x.reshape(-1, x.shape[1] // runs, x.shape[2]) for x in (a, b))
+    """`a^T b` `[..., D, E]` in at least float32 of `a: [..., N, D]` and `b: [..., N, E]`, as a sum over runs of rows."""
+    runs = divisor(a.shape[-2], a.shape[-2] // _SUMMED)
+    left, right = (x.reshape(-1, x.shape[-2] // runs, x.shape[-1]) for x in (a, b))
     products = wide_bmm(left.transpose(1, 2), right)
-    return products.view(-1, runs, *products.shape[1:]).sum(1)
+    return products.view(*a.shape[:-2], runs, *products.shape[1:]).sum(-3)
 
 
 def divisor(n: int, most: int) -> int:

@@ -17,7 +17,8 @@ from attnbench.stages import stage
 
 from ._chunks import rows_per_chunk
 from ._inner import Inner, gradients, hidden, moved, read, residual
-from ._recompute import outer_sum, recomputed
+from ._products import outer_sum
+from ._recompute import recomputed
 from .ttt import step_sizes, token_factors
 
 if TYPE_CHECKING:

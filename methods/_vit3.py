@@ -10,7 +10,8 @@ from attnbench.eager import wide
 from attnbench.stages import stage
 
 from ._chunks import rows_per_chunk
-from ._recompute import outer_sum, recomputed
+from ._products import outer_sum
+from ._recompute import recomputed
 from .vit3 import conv_branch, outer_factors, read, step
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ def budget(request, monkeypatch):
         monkeypatch.setattr("attnbench.methods._chunks._BUDGET_BYTES", {"cpu": 1 << 15, "cuda": 1 << 15})
         monkeypatch.setattr("attnbench.methods._ttt._SEGMENT", 2)
         monkeypatch.setattr("attnbench.methods.ttt._SEGMENT", 3)
-        monkeypatch.setattr("attnbench.methods._recompute._SUMMED", 4)
+        monkeypatch.setattr("attnbench.methods._products._SUMMED", 4)
 
 
 def network(x, model):
