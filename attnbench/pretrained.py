@@ -84,8 +84,13 @@ def open_checkpoint(path: Path, data: Path | None = None) -> tuple[TinyTransform
     if missing := {"architecture", "model", "task"} - state.keys():
         raise UserError(f"{path} holds no {' and '.join(sorted(missing))}: give a checkpoint that training wrote")
     own = state["architecture"]
-    model = built(Architecture(**{**own, "grid": tuple(own["grid"]) if own["grid"] else None}))
-    model.load_state_dict(state["model"])
+    try:
+        model = built(Architecture(**{**own, "grid": tuple(own["grid"]) if own["grid"] else None}))
+        model.load_state_dict(state["model"])
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} is of another version of attnbench ({_line(error)}): use the version that wrote it") from None
+    except RuntimeError as error:
+        raise UserError(f"{path} holds weights of another architecture than it says ({_line(error)}): train it again") from None
     return model.eval(), trained.get(f"{state['task']}:{data}" if data else state["task"])
 
 

@@ -134,6 +134,28 @@ def test_what_cannot_be_written_leaves_nothing_half_done(tmp_path):
     assert list(tmp_path.iterdir()) == [blocked]
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"architecture": {"depth": 5}}, "holds weights of another architecture than it says"),
+        ({"architecture": {"more": 1}}, "is of another version of attnbench"),
+        ({"architecture": {"method": "nosuch"}}, "unknown method 'nosuch'"),
+        ({"architecture": {"dim": 33}}, "num_heads = 2 does not divide dim = 33"),
+        ({"task": "nosuch"}, "unknown trained task 'nosuch'"),
+        ({"task": "images"}, "give it with --data PATH"),
+    ],
+)
+def test_a_checkpoint_of_something_else_is_one_line(trained, tmp_path, change, words):
+    state = checkpoint.load(trained)
+    for key, value in change.items():
+        state[key] = {**state[key], **value} if isinstance(value, dict) else value
+    checkpoint.save(trained, state)
+    result = call("capture", trained, "--out", tmp_path / "out", "--device", "cpu")
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
 def test_the_command_captures_a_checkpoint_on_the_test_split_of_its_task(trained, tmp_path):
     rows = answer("capture", trained, "--out", tmp_path / "out", "--batch", 2, "--device", "cpu", "--json")
     assert [row["layer"] for row in rows] == [f"blocks.{i}.attention" for i in range(3)]
