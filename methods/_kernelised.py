@@ -88,16 +88,25 @@ def cost(shape: Shape, features: int, *, reads: int = 1, project: Mapping[str, i
     return Cost.of(shape, flops, extra=state + learned, recomputes=False, traffic=both)
 
 
-def fused(name: str, limits: Limits) -> Implementation:
-    """`triton` of the method `name`: as its chunked implementation, with feature maps in kernels."""
-    return Implementation(
-        "triton",
-        f"attnbench.methods._fused_features:{name}",
-        replace(
-            limits, devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), no_causal="features of prefix sums are those of `chunked`"
+def implementations(name: str, chunked: Limits, fused: Limits) -> tuple[Implementation, Implementation]:
+    """`triton` and `chunked` of the method `name`: the same, but that the former has its feature maps in kernels."""
+    maps = replace(
+        fused, devices=("cuda",), dtypes=("float32", "bfloat16", "float16"), no_causal="features of prefix sums are those of `chunked`"
+    )
+    return (
+        Implementation(
+            "triton",
+            f"attnbench.methods._fused_features:{name}",
+            maps,
+            requires=("triton",),
+            note="features in one pass each, made anew in the backward pass",
         ),
-        requires=("triton",),
-        note="features in one pass each, made anew in the backward pass",
+        Implementation(
+            "chunked",
+            f"attnbench.methods._{name}:chunked",
+            chunked,
+            note="features made anew in the backward pass; causal by prefix states of chunks",
+        ),
     )
 
 

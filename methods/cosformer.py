@@ -18,11 +18,11 @@ import torch
 
 from attnbench.eager import expand_heads, positions, take, wide
 from attnbench.fastweights import FastWeights
-from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape
+from attnbench.method import Citation, Cost, Limits, Method, Params, Shape
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised
-from ._kernelised import Normaliser, causal_cross, fused
+from ._kernelised import Normaliser, causal_cross, implementations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,13 +80,5 @@ METHOD = Method(
     experts=experts,
     cost=cost,
     limits=Limits(cross=True),
-    implementations=(
-        fused("cosformer", Limits(cross=True, max_dim=256)),
-        Implementation(
-            "chunked",
-            "attnbench.methods._cosformer:chunked",
-            Limits(cross=True, extra=causal_cross),
-            note="features made anew in the backward pass; causal by prefix states of chunks",
-        ),
-    ),
+    implementations=implementations("cosformer", Limits(cross=True, extra=causal_cross), Limits(cross=True, max_dim=256)),
 )

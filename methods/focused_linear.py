@@ -22,11 +22,11 @@ from torch.nn.functional import softplus
 
 from attnbench.eager import positions, take, wide
 from attnbench.fastweights import FastWeights
-from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, given, param
+from attnbench.method import Citation, Cost, Limits, Method, Params, Shape, given, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised, _local
-from ._kernelised import Normaliser, causal_cross, fused
+from ._kernelised import Normaliser, causal_cross, implementations
 from ._local import LocalParams, convolved, placed
 
 if TYPE_CHECKING:
@@ -125,14 +125,8 @@ METHOD = Method(
     experts=experts,
     cost=cost,
     limits=Limits(gqa=False, cross=True),
-    implementations=(
-        fused("focused_linear", Limits(gqa=False, cross=True, extra=_fused_reasons)),
-        Implementation(
-            "chunked",
-            "attnbench.methods._focused_linear:chunked",
-            Limits(gqa=False, cross=True, extra=_chunked_reasons),
-            note="features made anew in the backward pass; causal by prefix states of chunks",
-        ),
+    implementations=implementations(
+        "focused_linear", Limits(gqa=False, cross=True, extra=_chunked_reasons), Limits(gqa=False, cross=True, extra=_fused_reasons)
     ),
     weights=draw,
     couples_heads=True,

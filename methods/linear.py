@@ -18,7 +18,7 @@ from attnbench.method import Citation, Cost, Implementation, Limits, Method, Par
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised
-from ._kernelised import Normaliser, causal_cross, fused
+from ._kernelised import Normaliser, causal_cross, implementations
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +70,7 @@ METHOD = Method(
     cost=cost,
     limits=Limits(cross=True),
     implementations=(
-        fused("linear", Limits(cross=True, max_dim=256)),
-        Implementation(
-            "chunked",
-            "attnbench.methods._linear:chunked",
-            Limits(cross=True, extra=causal_cross),
-            note="segments of tokens; causal by prefix states of chunks",
-        ),
+        *implementations("linear", Limits(cross=True, extra=causal_cross), Limits(cross=True, max_dim=256)),
         Implementation(
             "fla",
             "attnbench.methods._linear_fla:attention",

@@ -24,11 +24,11 @@ from torch.nn.functional import pad
 
 from attnbench.eager import expand_heads, positions, take, wide
 from attnbench.fastweights import FastWeights
-from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
+from attnbench.method import Citation, Cost, Limits, Method, Params, Shape, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised
-from ._kernelised import Normaliser, causal_cross, fused
+from ._kernelised import Normaliser, causal_cross, implementations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -178,14 +178,8 @@ METHOD = Method(
     cost=cost,
     budget=budget,
     limits=Limits(cross=True),
-    implementations=(
-        fused("performer", Limits(cross=True, max_dim=128, extra=_chunked_reasons)),
-        Implementation(
-            "chunked",
-            "attnbench.methods._performer:chunked",
-            Limits(cross=True, extra=_chunked_reasons),
-            note="features made anew in the backward pass; causal by prefix states of chunks",
-        ),
+    implementations=implementations(
+        "performer", Limits(cross=True, extra=_chunked_reasons), Limits(cross=True, max_dim=128, extra=_chunked_reasons)
     ),
     surrogate="the maxima that keep exponentials small are taken for constants",
 )

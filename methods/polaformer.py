@@ -24,11 +24,11 @@ from torch.nn.functional import linear, pad, softplus
 
 from attnbench.eager import positions, take, wide
 from attnbench.fastweights import FastWeights
-from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, given, param
+from attnbench.method import Citation, Cost, Limits, Method, Params, Shape, given, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _kernelised, _local
-from ._kernelised import Normaliser, causal_cross, fused
+from ._kernelised import Normaliser, causal_cross, implementations
 from ._local import LocalParams, convolved, placed
 
 if TYPE_CHECKING:
@@ -158,14 +158,10 @@ METHOD = Method(
     experts=experts,
     cost=cost,
     limits=Limits(gqa=False, cross=True),
-    implementations=(
-        fused("polaformer", Limits(gqa=False, cross=True, max_dim=256, extra=_chunked_reasons)),
-        Implementation(
-            "chunked",
-            "attnbench.methods._polaformer:chunked",
-            Limits(gqa=False, cross=True, extra=_chunked_reasons),
-            note="features made anew in the backward pass; causal by prefix states of chunks",
-        ),
+    implementations=implementations(
+        "polaformer",
+        Limits(gqa=False, cross=True, extra=_chunked_reasons),
+        Limits(gqa=False, cross=True, max_dim=256, extra=_chunked_reasons),
     ),
     weights=draw,
 )
