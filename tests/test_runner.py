@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 import torch
+from cli_support import call
 
 import attnbench
 from attnbench import executor, isolate, registry, runner, store
 from attnbench.cell import CellRunner
+from attnbench.cli._progress import Reporter
 from attnbench.errors import UserError
 from attnbench.method import Shape
 from attnbench.record import Record, Status
@@ -261,6 +263,28 @@ def test_cells_without_clocks_run_side_by_side_and_are_timed_later(tmp_path: Pat
     assert sweep(untimed, tmp_path, resume=True).resumed == 2
     with pytest.raises(UserError, match="breakdown is of calls that are timed"):
         replace(untimed.protocol, breakdown=True)
+
+
+def test_the_command_line_refuses_to_time_cells_side_by_side(tmp_path: Path) -> None:
+    for words in (["quick"], ["accuracy", "--executor", "ray"]):
+        result = call("run", *words, "--device", "cpu", "--concurrent", "2", "--results", tmp_path)
+        assert result.exit_code == 2
+        assert "--concurrent" in result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_cells_that_train_have_bars_of_their_own() -> None:
+    made = [Case(task="accuracy", method=name) for name in ("softmax", "linear")]
+    with Reporter(quiet=True) as reporter:
+        for case in made:
+            reporter(runner.Event("start", 0, 2, case))
+            reporter(runner.Event("progress", 0, 2, case, progress=isolate.Progress(30, 100, "loss 1.5, accuracy 0.25 at rate 0.001")))
+        bars = [(t.completed, t.total, t.description) for t in reporter._progress.tasks]
+        assert [bar[:2] for bar in bars] == [(0, 2), (30, 100), (30, 100)]
+        assert "loss 1.5, accuracy 0.25" in bars[1][2]
+        reporter(runner.Event("record", 1, 2, made[0], Record(made[0], Status.OK, "")))
+        assert [t.completed for t in reporter._progress.tasks] == [1, 30]
 
 
 def test_a_cell_without_memory_beside_others_runs_again_alone() -> None:
