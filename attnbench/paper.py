@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import __version__, bibtex, frame, series, store, tables
 from attnbench.errors import UserError
+from attnbench.joining import TRAINED
 from attnbench.tables import escape
 from attnbench.taxonomy import Coordinates
 
@@ -96,7 +97,9 @@ def measured(table: pd.DataFrame, lengths: Sequence[int] | None = None) -> list[
     """The tables of the report, each suite's with lengths of its own where none are given."""
     suites, found = sorted(table["suite"].unique()), []
     for suite in suites:
-        rows = table[(table["suite"] == suite) | (table["task"] == "fidelity")]  # distances belong into tables of speed
+        own = table["suite"] == suite
+        beside = ("fidelity", "speed") if TRAINED in set(table.loc[own, "task"]) else ("fidelity",)  # distances belong into tables of speed
+        rows = table[own | table["task"].isin(beside)]
         made = tables.report(rows, lengths or spread(table.loc[table["suite"] == suite, "n"].tolist()))
         found += [t for t in made if max((s for s in suites if t.name.startswith(f"{s}-")), key=len) == suite]
     return found

@@ -109,7 +109,7 @@ def test_what_records_keep_of_routing_is_what_the_layers_say():
     assert kept["pruned"] == tuple(layer.pruned for layer in found)
     for text, loads, busiest, layer in zip(kept["kept"], kept["loads"], kept["busiest"], found, strict=True):
         assert np.array_equal(routing.unpacked(text, 256), layer.kept[: routing.PICTURED].sum(1).numpy())
-        ranked = (layer.load / layer.load.double().mean(-1, keepdim=True)).sort(-1, descending=True).values.mean((0, 1))
+        ranked = (layer.load / layer.load.double().mean(-1, keepdim=True)).sort(-1, descending=True).values.mean((0, 1)).tolist()
         assert len(loads) == routing.LEVELS
         assert (loads[0], loads[-1], loads[5]) == pytest.approx((ranked[0], ranked[-1], ranked[4]))
         assert loads[0] == busiest

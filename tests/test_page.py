@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import synthetic
+import synthetic_trained
 from cli_support import call
 
 from attnbench import frame, series, store
@@ -230,3 +231,63 @@ def test_names_come_from_the_registry(results: Path) -> None:
     rows = joined.rows(frame.load(results)[0])
     families = [series.family_rank(series.family(r["method"])) for r in rows]
     assert families == sorted(families), "in the taxonomy's order"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of records of every suite that trains."""
+    pytest.importorskip("bokeh", reason="bokeh is an optional extra: pip install 'attnbench[report]'")
+    folder = tmp_path_factory.mktemp("trained") / "results"
+    axes = {"accuracy": {"data": ["pathfinder"], "n": [1024, 4096]}, "swap_in": {"data": ["mqar"], "n": [256]}}
+    for name, values in axes.items():
+        synthetic.write(folder, name, synthetic_trained.records(name, seed=[0, 1], **values))
+    synthetic.write(folder, "accuracy-cost", synthetic_trained.costs((1024,)))
+    assert call("report", folder, "--html", folder.parent / "page.html").exit_code == 0
+    return folder.parent / "page.html"
+
+
+def test_every_figure_of_trained_models_is_on_the_page_with_its_numbers(trained: Path) -> None:
+    text = trained.read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == []
+    captions = {caption.partition(",")[0] for caption in page.data["figcaption"]}
+    names = {"accuracy", "accuracy time", "accuracy memory", "curves", "swap in", "swap heat", "pruned", "busiest", "expert load", "kept"}
+    assert names <= captions
+    assert "swap heat, MiTA in mqar, trained with Softmax, N=256" in page.data["figcaption"]
+    plots = {c: unpacked(t) for c, t in zip(page.data["figcaption"], [t for t in page.data["script"] if t.startswith("eN")], strict=False)}
+    for caption, item in plots.items():
+        assert '"method"' in item, f"{caption} cannot be filtered"
+        assert '"series"' in item, caption
+    summaries = [s for s in page.data["summary"] if ": " in s and s.startswith(("accuracy", "swap_in"))]
+    assert len([s for s in summaries if s.startswith("accuracy: ")]) == 1, "one section a suite and device, however its figures are split"
+
+
+TRAINED = """<script>setTimeout(() => {
+  const form = document.getElementById("filters"), said = [], say = (name, text) => said.push(name + "=" + text);
+  const table = document.querySelector("#joined table"), body = table.tBodies[0];
+  const column = (i) => [...body.rows].map((r) => r.cells[i].textContent);
+  const at = [...table.tHead.rows[0].cells].findIndex((c) => c.textContent === "pathfinder");
+  say("rows", body.rows.length);
+  table.tHead.rows[0].cells[at].querySelector("button").click();
+  const values = column(at).map(parseFloat), numbers = values.filter((v) => !Number.isNaN(v));
+  say("sorted", numbers.every((v, i) => v === values[i] && (!i || numbers[i - 1] <= v)));
+  form.elements.topology.value = "N-to-m"; form.dispatchEvent(new Event("input"));
+  say("methods", [...new Set([...body.rows].filter((r) => !r.hidden).map((r) => r.dataset.method))].join());
+  say("overflow", document.documentElement.scrollWidth - document.documentElement.clientWidth);
+  form.reset();
+  const row = document.querySelector("#cells tbody tr details"); row.open = true;
+  setTimeout(() => { say("again", row.textContent.replaceAll(" ", "_")); console.log("PROBE " + said.join(" ") + " END"); }, 1000);
+}, 3000)</script></body>"""
+
+
+@pytest.mark.skipif(CHROME is None, reason="no chromium or chrome on the path")
+def test_the_joined_table_lives_in_a_browser(trained: Path, tmp_path: Path) -> None:
+    probed = tmp_path / "probed.html"
+    probed.write_text(trained.read_text(encoding="utf-8").replace("</body>", TRAINED), encoding="utf-8")
+    lines = console(probed, tmp_path / "profile", "390,844")
+    assert lines, "the browser said nothing"
+    assert "PROBE" in lines[-1], lines
+    said = dict(word.split("=", 1) for word in lines[-1].partition("PROBE ")[2].partition(" END")[0].split())
+    assert (said["rows"], said["methods"], said["sorted"], said["overflow"]) == ("26", "mita", "true", "0")
+    assert "environment_env0" in said["again"], "what runs a cell again is unpacked when it is asked for"
+    assert not [line for line in lines if ":ERROR:" in line or ":WARNING:" in line or re.search(r"Error|Refused|violates", line)]

@@ -1,4 +1,4 @@
-"""The same over two parameters at once, as a heat map with its numbers: mean and standard deviation over seeds."""
+"""What is left of a trained model's accuracy when another method takes the place of its own, over two parameters of that method."""
 
 from __future__ import annotations
 
