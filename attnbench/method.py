@@ -26,7 +26,7 @@ from attnbench.learned import LearnedAttention, Weights, given, initial
 from attnbench.params import Params, Shape, param
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Hashable, Mapping
 
     from attnbench.fastweights import FastWeights
     from attnbench.taxonomy import Coordinates, Family
@@ -322,8 +322,18 @@ class Method:
         """Run the method with parsed parameters. `torch.compile` traces it: the implementation is chosen while it traces."""
         backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(weights or {}).values()))
         sizes = [[index(n) for n in x.shape] for x in (q, k, v)]
-        chosen = _choice(self, params.as_dict(), sizes, q.dtype, q.device.type, backward=backward)
+        if torch.compiler.is_compiling():
+            chosen = _choice(self, params.as_dict(), sizes, q.dtype, q.device.type, backward=backward)
+        else:
+            key = (params, *map(tuple, sizes), q.dtype, q.device.type, backward)
+            chosen = self._choices.get(key) or _choice(self, params.as_dict(), sizes, q.dtype, q.device.type, backward=backward)
+            self._choices[key] = chosen
         return self.run(self.implementation(chosen), q, k, v, params, weights=weights)
+
+    @cached_property
+    def _choices(self) -> dict[Hashable, str]:
+        """Implementations that earlier calls ran, by all that the choice depends on."""
+        return {}
 
     def build(self, shape: Shape, **params: object) -> nn.Module:
         """A module with forward `(q, k, v) -> [B, H, N, Dv]` that owns the method's learned parameters, if it has any."""

@@ -69,7 +69,7 @@ class Params:
     @classmethod
     def parse(cls, values: Mapping[str, object], owner: str = "") -> Self:
         """Make parameters from named values. Strings are converted. Raises `UserError` naming the culprit."""
-        hints = get_type_hints(cls)
+        hints = _HINTS.get(cls) or _HINTS.setdefault(cls, get_type_hints(cls))
         known = {f.name for f in fields(cls)}
         for name in values:
             if name not in known:
@@ -97,6 +97,9 @@ class Params:
     def as_dict(self) -> dict[str, Any]:
         """Field -> value, every field, defaults included."""
         return dataclasses.asdict(self)
+
+
+_HINTS: dict[type, dict[str, Any]] = {}
 
 
 def _convert(name: str, value: object, hint: Any, owner: str) -> object:
