@@ -14,7 +14,7 @@ v once, and writes each gradient once; the gradients of the experts' keys, `K (D
 twice more before they meet. Six launches forward (seven with S > 1), at most twelve backward,
 no synchronisation with the host. Every sum has a fixed order: the same input gives the same output bit for bit. Experts are built on
 a second stream while queries are routed. A call like an earlier one in shapes, strides, dtypes, alignment and options repeats its
-launches, which takes the host a tenth of the time (`_eager.py`).
+launches, which spares the host most of its time (`_eager.py`).
 """
 
 from __future__ import annotations
