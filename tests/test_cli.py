@@ -37,9 +37,8 @@ FLAGS = {
     "report": {"--format", "--lengths", "--out", "--html"},
     "run": {
         *("--results", "--device", "--method", "--axis", "--set", "--budget", "--resume", "--no-resume", "--retry", "--timeout"),
-        *("--budget-s", "--untimed", "--breakdown", "--energy", "--quiet", "-q", "--json", "--plugin", "--shard", "--executor", "--address"),
-        "--concurrent",
-        "--data",
+        *("--budget-s", "--untimed", "--breakdown", "--energy", "--quiet", "-q", "--json", "--plugin", "--shard", "--executor"),
+        *("--address", "--concurrent", "--data"),
     },
     "show": {"--n", "--batch", "--heads", "--dim", "--set", "--device", "--json", "--plugin"},
     "suites": {"--json"},
