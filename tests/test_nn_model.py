@@ -5,6 +5,9 @@ from __future__ import annotations
 import doctest
 import importlib
 import pkgutil
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,3 +81,14 @@ def test_a_library_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) 
     ):
         with pytest.raises(UserError, match=words):
             built(Architecture(**{**sizes, **change}))
+
+
+def test_the_layers_that_readme_shows_are_made_as_it_says() -> None:
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (code,) = [part for part in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) if "from attnbench.nn import" in part]
+    made = {"block": SimpleNamespace(attn=None)}
+    exec(compile(code, "README.md", "exec"), made)
+    x = torch.randn(1, 197, 384)
+    layers = [y for y in (*made.values(), made["block"].attn) if isinstance(y, torch.nn.Module)]
+    assert len(layers) == 2
+    assert all(layer(x).shape == x.shape for layer in layers)
