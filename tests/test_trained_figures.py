@@ -224,3 +224,10 @@ def test_a_swept_parameter_is_set_by_no_budget() -> None:
     assert params[9, 128, True] == (), "no budget set it"
     assert params[32, 32, True] == (64,)
     assert params[64, 64, True] == (128,), "asked for by both"
+
+
+def test_panels_that_are_wrapped_keep_their_titles(loaded: pd.DataFrame) -> None:
+    figure = accuracy.build(of(loaded, "accuracy"), columns=1)
+    assert figure is not None
+    titles = [t for a in figure.axes if (t := a.get_title())]
+    assert titles == ["mqar", "mqar, causal", "pathfinder"] * 6, "three panels in two rows for each of six families"

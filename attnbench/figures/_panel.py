@@ -87,6 +87,8 @@ class Canvas:
     levels: Mapping[str, float] = field(default_factory=dict)
     """panel -> a value to be marked by a dotted line"""
     main: list[Axes] = field(default_factory=list)
+    above: Sequence[str] = ()
+    """panels of the band drawn last: titles are not repeated below them"""
 
     def style(self, row: Mapping[Any, Any]) -> dict[str, Any]:
         """Line properties of the series that a row belongs to."""
@@ -114,9 +116,10 @@ class Canvas:
             axes.set_xlabel(self.across.label if last else "")
             strip = self.figure.add_subplot(self.grid[3 * number + 1, column], sharex=axes)
             self._strip(strip, part, band.failed, first=column == 0)
-            if number == 0 or not band.title:
+            if band.panels != self.above:
                 strip.set_title(panel, pad=3, fontweight="bold")
             self.main.append(axes)
+        self.above = band.panels
 
     def _along(self, axes: Axes) -> None:
         if self.across.powers:
