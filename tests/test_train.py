@@ -131,6 +131,16 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(tmp_pa
     assert "No space left on device" in fit.notes[0]
 
 
+def test_a_folder_that_is_a_file_is_one_line_and_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / "file" / "run.pt"
+    with pytest.raises(UserError, match="cannot write"):
+        checkpoint.save(path, {})
+    fit = Trainer(model(per_token=True), per_token(), recipe(), path=path).run()
+    assert fit.step == 12
+    assert len(fit.notes) == 1
+
+
 def test_the_rate_warms_up_and_ends_near_zero() -> None:
     own = recipe(steps=100, rate=1.0)
     rates = [own.rate_at(step) for step in range(100)]

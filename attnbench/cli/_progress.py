@@ -27,7 +27,8 @@ class Reporter:
         self.quiet, self.echo, self.done = quiet, echo, 0
         self._console = Console(stderr=True, soft_wrap=True)
         self._live = sys.stderr.isatty() and not quiet
-        columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        times = TimeElapsedColumn(), TimeRemainingColumn()
+        columns = (BarColumn(bar_width=16), MofNCompleteColumn(), *times, TextColumn("{task.description}"))
         self._progress = Progress(*columns, console=self._console, disable=not self._live)
         self._task = self._progress.add_task("starting", total=None)
         self._cells: dict[Case, TaskID] = {}
