@@ -102,8 +102,8 @@ def build_experts(launch: Recorder, r: Tensor, k: Tensor, v: Tensor, top: int, s
     launch(
         select_kernel, heads * m,
         r, k, chunk_max, acc, top_part, sum_part, value, stat, index, list_, score, *k.stride()[:3], h, n, splits, chunks, groups,
-        K=top, PG=p.group, BG=power(groups), KP=width, BS=min(16, power(splits)), BC=min(p.select_block, width * p.chunk), **common,
-        PREC=p.prec, num_warps=p.select_warps, num_stages=1, maxnreg=p.select_regs,
+        K=top, PG=p.group, BG=power(groups), KP=width, BS=min(16, power(splits)), BC=max(16, min(p.select_block, width * p.chunk)),
+        PREC=p.prec, **common, num_warps=p.select_warps, num_stages=1, maxnreg=p.select_regs,
     )  # fmt: skip
     return value, stat, index
 

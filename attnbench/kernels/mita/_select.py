@@ -127,7 +127,7 @@ def select_kernel(
             p_row = p_k + tl.minimum(b_row, N - 1).to(tl.int64)[:, None] * stride_kn + o_d[None, :]
             b_k = tl.load(p_row) if D == BD else tl.load(p_row, mask=(o_d < D)[None, :], other=0.0)
             b_s = tl.dot(b_k, b_r, input_precision=PREC)
-            tl.store(p_score + o_i, tl.sum(tl.where(o_one, b_s, 0.0), 1))
+            tl.store(p_score + o_i, tl.sum(tl.where(o_one, b_s, 0.0), 1), mask=o_i < KP * C)
         tl.debug_barrier()
         o_j = tl.arange(0, KP * C)
         m_j = o_j // C < n_list
