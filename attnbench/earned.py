@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
 from attnbench import joining, series
+from attnbench.suite import Case
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 TASK = joining.TRAINED
 NONE = "\N{EN DASH}"
 """A cell for which there is no record."""
-_SETTINGS = ("steps", "depth", "rates", "positions", "batch")
+_SETTINGS = ("steps", "depth", "rates", "positions", "model", "recipe", "batch")
+_UNSAID = {f.name: f.default for f in fields(Case)}
+"""what a record means that leaves a setting out"""
 _COSTS = {"time_s": (1e3, "ms"), "peak_bytes": (2**-20, "MiB")}
 """column of a measured row -> factor and unit in which it is shown"""
 
@@ -46,8 +49,8 @@ def asked(table: pd.DataFrame, *, swapped: bool = False) -> pd.DataFrame:
     """Rows that train, with the columns `panel` (what was asked, such as `mqar, causal`) and `series` (what a method is called).
 
     With `swapped` those that test a method in a model that was trained with another, else those tested as they were trained. `own` are
-    parameters that the task does not set, `words` those of them that are no numbers and not at their defaults. Series are named by words; where these do not suffice by the budget that set the numbers, and
-    only else by numbers.
+    parameters that the task does not set, `words` those of them that are no numbers and not at their defaults. Series are named by words;
+    where these do not suffice by the budget that set the numbers, and only else by numbers.
     """
     rows = table[table["task"] == TASK] if len(table) else table
     if rows.empty:
@@ -74,7 +77,8 @@ def _origin(text: str) -> str:
 def _parted(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows, panels split by settings of training that differ at one of their lengths: nothing is averaged over these."""
     for column in (c for c in _SETTINGS if c in rows):
-        values = rows[column].map(lambda v: f"{v:g}" if isinstance(v, int | float) and v == v else str(v))  # noqa: PLR0124 (NaN)
+        said = rows[column].where(rows[column].notna(), _UNSAID[column])
+        values = said.map(lambda v: f"{v:g}" if isinstance(v, int | float) and v == v else str(v))  # noqa: PLR0124 (NaN)
         within = values.groupby([rows["panel"], rows["n"]]).transform("nunique") > 1
         several = within.groupby(rows["panel"]).transform("any")
         rows = rows.assign(panel=rows["panel"].where(~several, rows["panel"] + f", {column}=" + values))

@@ -133,3 +133,8 @@ def test_models_that_were_trained_otherwise_are_never_averaged() -> None:
     )
     assert set(rows["panel"]) == {"mqar, steps=10, depth=1", "mqar, steps=20", "mqar, steps=10, depth=2"}
     assert all(len(cell.values) == 1 for cell in earned.cells(rows).values())
+    models = [case("softmax", **changes) for changes in ({}, {"model": "vit"}, {"model": "vit", "recipe": "deit"})]
+    rows = earned.asked(table(*(reached(made, 0.5) for made in models)))
+    assert set(rows["panel"]) == {
+        "mqar, model=small", "mqar, model=vit, recipe=small", "mqar, model=vit, recipe=deit",
+    }  # fmt: skip
