@@ -150,6 +150,23 @@ def test_damaged_images_are_skipped_and_counted_whatever_reads_them(folder, thre
     assert batch.targets.tolist() == [label for _, label in [data.files["test"][3]] * 3 + data.files["test"][3:]]
 
 
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of large and of strange files
+@pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "tiff", "webp", "bmp", "ppm"])
+def test_no_damage_is_fatal(tmp_path, suffix):
+    path, rng = tmp_path / f"image.{suffix}", np.random.default_rng(0)
+    paint(path, COLOURS["red"], 0)
+    whole, found = path.read_bytes(), []
+    for number in range(60):
+        damaged = bytearray(whole)
+        if number % 3:
+            for place in rng.integers(0, min(len(damaged), 400), 4):
+                damaged[place] = rng.integers(0, 256)
+        path.write_bytes(damaged if number % 3 else damaged[: rng.integers(0, len(damaged))])
+        found.append(images.decoded(path))
+    assert any(image is None for image in found)
+    assert all(image.mode == "RGB" for image in found if image is not None)
+
+
 def test_a_split_without_a_good_image_is_an_error(folder):
     data = images.open_folder(folder)
     for name, _ in data.files["test"]:
