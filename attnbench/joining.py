@@ -154,7 +154,7 @@ def told(what: str, sources: Iterable[tuple[str, str, str]]) -> list[str]:
     """One sentence for each source: which records these are, and at what places (place, source, how far apart) they are not equal."""
     found: dict[str, list[str]] = {}
     for place, source, apart in sources:
-        found.setdefault(source, []).append(f"for {place} {apart}" if apart else "")
+        found.setdefault(source, []).append(f"{place} from {apart}" if apart else "")
     return [f"{what}: forward pass, {group}, {_listed(apart)}." for group, apart in found.items()]
 
 

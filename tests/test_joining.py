@@ -116,4 +116,4 @@ def test_distances_are_by_profile_and_over_seeds() -> None:
 
 def test_what_was_joined_is_told_once_a_group_with_its_exceptions() -> None:
     told = joining.told("Time", [("N=1", "a", ""), ("N=2", "a", ""), ("N=4", "a", "N=8"), ("N=16", "b", "N=8")])
-    assert told == ["Time: forward pass, a, at equal N; for N=4 N=8.", "Time: forward pass, b, for N=16 N=8."]
+    assert told == ["Time: forward pass, a, at equal N; N=4 from N=8.", "Time: forward pass, b, N=16 from N=8."]

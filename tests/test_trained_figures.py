@@ -139,7 +139,7 @@ def test_costs_with_other_parameters_are_hollow_and_told(loaded: pd.DataFrame, t
     assert drawn.loc[("mqar, N=4096", "topk"), ["differs", "apart"]].tolist() == ["topk=32", "N=1024"]
     caption = captioned(accuracy_time.build(both))
     assert "Hollow: not measured with the parameters trained with, but with Top-k: topk=32." in caption
-    assert "at equal N; for mqar, N=4096 N=1024" in caption
+    assert "at equal N; mqar, N=4096 from N=1024" in caption
     assert "Nowhere measured: Agent, BRA" in caption
 
 
