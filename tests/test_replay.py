@@ -135,10 +135,8 @@ def recall(method: str = "softmax", *, why_eager: str = "", path: Path | None = 
     return Trainer(built, own, settings, "cuda", path, why_eager=why_eager)
 
 
-def apart(a: Trainer, b: Trainer) -> float:
-    """The largest distance of weights, over the largest weight."""
-    left, right = a.model.state_dict(), b.model.state_dict()
-    return max(float((x - right[name]).abs().max() / x.abs().max()) for name, x in left.items())
+def weights(own: Trainer) -> torch.Tensor:
+    return torch.cat([x.detach().double().flatten() for x in own.model.state_dict().values()])
 
 
 @gpu
@@ -146,14 +144,15 @@ def apart(a: Trainer, b: Trainer) -> float:
 @pytest.mark.parametrize("autocast", [False, True])
 def test_replayed_steps_train_as_eager_ones_do(method: str, autocast: bool) -> None:
     eager, again, graph = (recall(method, why_eager=why, autocast=autocast) for why in ("asked for", "asked for", ""))
+    start = weights(eager)
     for own in (eager, again, graph):
         own.run()
     assert graph.fit.graph
     assert not eager.fit.graph
     assert not graph.fit.notes
     assert "asked for" in eager.fit.notes[0]
-    noise_floor = apart(eager, again)  # sums by atomics differ from run to run
-    assert apart(eager, graph) <= 4 * noise_floor + 64 * torch.finfo(torch.float32).eps
+    moved, noise_floor, apart = (float((weights(eager) - other).norm()) for other in (start, weights(again), weights(graph)))
+    assert apart <= 4 * noise_floor + 0.01 * moved, "sums by atomics differ from run to run, a wrong step by as much as training moves"
     losses = [[loss for _, loss in own.fit.losses] for own in (eager, graph)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-2 if autocast else 1e-3)
     assert graph.fit.losses[-1][1] < graph.fit.losses[0][1]
