@@ -115,7 +115,12 @@ def current() -> Group:
 
 
 def begin(case: Case, device: str, folder: Path | None) -> None:
-    """In process 0: have the others train the case too. Nothing where there are none."""
+    """In process 0: have the others train the case too. Nothing where there are none.
+
+    Raises `UserError` for a task that is drawn, whose training set lies on one device as a whole.
+    """
+    if size() > 1 and ":" not in case.data:
+        raise UserError(f"{size()} processes train together only on what a folder holds, not on {case.data}: launch one, or --concurrent")
     if size() > 1 and rank() == 0:
         _tell(case, folder)
         _work_together(device)

@@ -232,6 +232,13 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert found["0"][2] == pytest.approx(loss, rel=eps)
 
 
+def test_drawn_tasks_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    case = suite.load("accuracy").expand()[0]
+    with pytest.raises(UserError, match="2 processes train together only on what a folder holds, not on mqar"):
+        distributed.begin(case, "cpu", None)
+
+
 def test_a_launcher_runs_the_suite_once_and_all_processes_train(folder: Path, tmp_path: Path) -> None:
     done = launched("--module", "attnbench", *words(folder, tmp_path / "results", ["softmax", "agent"]), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
