@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, fields
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,10 +62,16 @@ def asked(table: pd.DataFrame, *, swapped: bool = False) -> pd.DataFrame:
         return rows.assign(panel="", series="", own="", words="")
     causal = [", causal" if joining.is_causal(p) else "" for p in rows["params"]]
     origin = [f", trained with {_origin(other)}" if other else "" for other in rows["trained_with"]]
-    panels = [a + b + c for a, b, c in zip(rows["data"], causal, origin, strict=True)]
+    panels = [a + b + c for a, b, c in zip(rows["data"].map(titles(rows["data"])), causal, origin, strict=True)]
     rows = _parted(rows.assign(panel=panels, own=[json.dumps(joining.own(p), sort_keys=True) for p in rows["params"]]))
     rows = rows.assign(words=[_words(str(m), json.loads(own)) for m, own in zip(rows["method"], rows["own"], strict=True)])
     return rows.assign(series=series.labels(rows.assign(params=_telling(rows))))
+
+
+def titles(data: pd.Series[str]) -> dict[str, str]:
+    """Task, `NAME` or `NAME:PATH` -> as it is printed: a folder by its own name where that tells it from the others."""
+    short = {text: f"{name} ({PurePath(path).name})" if path else name for text in set(data) for name, _, path in [text.partition(":")]}
+    return {text: name if list(short.values()).count(name) == 1 else text for text, name in short.items()}
 
 
 def _origin(text: str) -> str:

@@ -138,3 +138,12 @@ def test_models_that_were_trained_otherwise_are_never_averaged() -> None:
     assert set(rows["panel"]) == {
         "mqar, model=small", "mqar, model=vit, recipe=small", "mqar, model=vit, recipe=deit",
     }  # fmt: skip
+
+
+def test_folders_are_printed_by_their_names_where_these_differ() -> None:
+    data = pd.Series(["mqar", "images:/data/cats", "images:/data/dogs", "images:/old/dogs"])
+    assert earned.titles(data) == {**dict(zip(data, data, strict=True)), "images:/data/cats": "images (cats)"}
+    trained = table(*(reached(case("softmax", data=text), 0.5) for text in data))
+    assert [g.place for g in curves.groups(trained)] == [
+        f"a-device-{x}" for x in ("images-cats", "images-data-dogs", "images-old-dogs", "mqar")
+    ]

@@ -13,6 +13,7 @@ from attnbench.figures._panel import Across
 from attnbench.figures._style import paper
 from attnbench.figures.accuracy import conditions, over_seeds
 from attnbench.metrics import METRICS
+from attnbench.store import device_slug
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,8 +29,9 @@ LABEL = "training step"
 def groups(table: pd.DataFrame) -> Iterator[series.Group]:
     """A group for each trained task."""
     for group in series.groups(table[table["task"] == earned.TASK]):
+        titles = earned.titles(group.rows["data"])
         for name, rows in group.rows.groupby("data", sort=True):
-            yield group._replace(rows=rows, place=f"{group.place}-{str(name).partition(':')[0]}")
+            yield group._replace(rows=rows, place=f"{group.place}-{device_slug(titles[str(name)])}")
 
 
 def data(table: pd.DataFrame) -> pd.DataFrame:
@@ -79,7 +81,7 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     caption = f"{conditions(table, drawn)} {words} {over_seeds(drawn)}"
     if (drawn["kind"] == "baseline").any():
         caption += " Grey: the best dense method."
-    task = str(table.loc[table["task"] == earned.TASK, "data"].iloc[0])
+    (task, *_) = earned.titles(table.loc[table["task"] == earned.TASK, "data"]).values()
     drawn["panel"] = drawn["panel"].str.removeprefix(f"{task}, ")  # which the file's name tells
     metric = replace(METRICS["accuracy"], label=f"validation accuracy, {task}")
     with paper():

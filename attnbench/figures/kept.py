@@ -13,6 +13,7 @@ from attnbench.figures._examples import picture
 from attnbench.figures._kept import shade
 from attnbench.figures._style import WIDTHS, paper, wrapped
 from attnbench.figures.accuracy import conditions
+from attnbench.store import device_slug
 from attnbench.tasks import routing, trained
 
 if TYPE_CHECKING:
@@ -28,8 +29,9 @@ ROWS = 8
 def groups(table: pd.DataFrame) -> Iterator[series.Group]:
     """A group for each trained task and length."""
     for group in series.groups(table[table["task"] == earned.TASK]):
+        titles = earned.titles(group.rows["data"])
         for _, rows in group.rows.groupby(["data", "n"], sort=True):
-            name = str(rows["data"].iloc[0]).partition(":")[0]
+            name = device_slug(titles[str(rows["data"].iloc[0])])
             yield group._replace(rows=rows, place=f"{group.place}-{name}-{rows['n'].iloc[0]}")
 
 
