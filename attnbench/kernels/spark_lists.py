@@ -75,6 +75,20 @@ def spark_list_kernel(
 
 
 @triton.jit
+def listed_rows(
+    p_index, start, n, p_k, p_v, stride_kn, stride_vn,
+    R: tl.constexpr, S: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BS: tl.constexpr, BDV: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """BK entries of a list of n: tokens, which of them are there, and both parts of their keys `[BK, BR]`, `[BK, BS]` and values."""
+    o_k = start + tl.arange(0, BK)
+    m_k = o_k < n
+    b_j = tl.load(p_index + o_k, mask=m_k, other=0)
+    b_kr = load_rows(p_k, b_j, m_k, stride_kn, R, BR).to(tl.float32)
+    b_ks = load_rows(p_k + R, b_j, m_k, stride_kn, S, BS).to(tl.float32)
+    return b_j, m_k, b_kr, b_ks, load_rows(p_v, b_j, m_k, stride_vn, DV, BDV).to(tl.float32)
+
+
+@triton.jit
 def spark_gather_kernel(
     q, k, v, index, count, flags, out, lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -96,13 +110,7 @@ def spark_gather_kernel(
     total = 0.0
     b_acc = tl.zeros([BDV], tl.float32)
     for start in range(0, n, BK):
-        o_k = start + tl.arange(0, BK)
-        m_k = o_k < n
-        b_j = tl.load(index + i_row * L + o_k, mask=m_k, other=0)
-        # [BK, BR], [BK, BS], [BK, BDV]
-        b_kr = load_rows(p_k, b_j, m_k, stride_kn, R, BR).to(tl.float32)
-        b_ks = load_rows(p_k + R, b_j, m_k, stride_kn, S, BS).to(tl.float32)
-        b_v = load_rows(p_v, b_j, m_k, stride_vn, DV, BDV).to(tl.float32)
+        _, m_k, b_kr, b_ks, b_v = listed_rows(index + i_row * L, start, n, p_k, p_v, stride_kn, stride_vn, R, S, DV, BR, BS, BDV, BK)
         b_s = tl.where(m_k, tl.sum(b_kr * b_qr, 1), float("-inf"))
         new = tl.maximum(top, tl.max(b_s, 0))
         b_p, decay = tl.exp2(b_s - new), tl.exp2(top - new)
@@ -138,12 +146,7 @@ def spark_spread_kernel(
     b_dqr = tl.zeros([BR], tl.float32)
     b_dqs = tl.zeros([BS], tl.float32)
     for start in range(0, n, BK):
-        o_k = start + tl.arange(0, BK)
-        m_k = o_k < n
-        b_j = tl.load(index + i_row * L + o_k, mask=m_k, other=0)
-        b_kr = load_rows(p_k, b_j, m_k, stride_kn, R, BR).to(tl.float32)
-        b_ks = load_rows(p_k + R, b_j, m_k, stride_kn, S, BS).to(tl.float32)
-        b_v = load_rows(p_v, b_j, m_k, stride_vn, DV, BDV).to(tl.float32)
+        b_j, m_k, b_kr, b_ks, b_v = listed_rows(index + i_row * L, start, n, p_k, p_v, stride_kn, stride_vn, R, S, DV, BR, BS, BDV, BK)
         b_p = tl.where(m_k, tl.exp2(tl.sum(b_kr * b_qr, 1) * (scale * LOG2E) - top), 0.0)
         b_gate, b_slope = gate_of(tl.sum(b_ks * b_qs, 1) * scale_s)
         b_dw = tl.sum(b_v * b_g, 1)
