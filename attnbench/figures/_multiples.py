@@ -63,7 +63,7 @@ def draw(
         figure, grid, sorted(drawn["n"].unique()), variants(points), width / across - 0.35, along or _panel.Across(), levels or {}
     )
     for i, band in enumerate(bands):
-        canvas.draw(band, i, last=i == len(bands) - 1)
+        canvas.draw(band, i, below=max((len(later.panels) for later in bands[i + 1 :]), default=0))
     _panel.fit(canvas.main, drawn[drawn["kind"] != "exact"], metric)
     figure.supylabel(metric.axis, fontsize=7)
     figure.supxlabel(caption, fontsize=5.5, color="#444444", x=0.01, ha="left", linespacing=1.25)

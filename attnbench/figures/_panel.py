@@ -98,8 +98,8 @@ class Canvas:
             return cited(str(row["method"]), self.variants[str(row["series"])])
         return look(str(row["label"]), self.variants[str(row["series"])])
 
-    def draw(self, band: Band, number: int, *, last: bool) -> None:
-        """Draw the band into its three rows of the grid."""
+    def draw(self, band: Band, number: int, *, below: int) -> None:
+        """Draw the band into its three rows of the grid; `below` panels of later bands stand under its first ones."""
         legend(
             self.figure.add_subplot(self.grid[3 * number, :]), band.title, [(n, self._style_of(band.block, n)) for n in names(band.block)]
         )
@@ -112,8 +112,8 @@ class Canvas:
             self._along(axes)
             if panel in self.levels:
                 axes.axhline(self.levels[panel], color="#888888", linewidth=0.7, linestyle=":", zorder=1)
-            axes.tick_params(labelleft=column == 0, labelbottom=last)
-            axes.set_xlabel(self.across.label if last else "")
+            axes.tick_params(labelleft=column == 0, labelbottom=column >= below)
+            axes.set_xlabel(self.across.label if column >= below else "")
             strip = self.figure.add_subplot(self.grid[3 * number + 1, column], sharex=axes)
             self._strip(strip, part, band.failed, first=column == 0)
             if band.panels != self.above:
