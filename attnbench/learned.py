@@ -43,17 +43,39 @@ def given(
     return initial(draw, Shape.of(*qkv), params, qkv[0]) if weights is None else weights
 
 
-class LearnedAttention(nn.Module):
+class AttentionModule(nn.Module):
+    """A method with its parameters, as a module."""
+
+    def __init__(self, method: Method, params: Params) -> None:
+        super().__init__()
+        self.method, self.params = method, params
+        self._choose = method.chooser(params)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`q, k, v: [B, H, N, D]` -> `[B, H, N, Dv]`."""
+        return self.method.chosen(self._choose, (q, k, v), self.params)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the function that chooses, which cannot be pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_choose"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """What was left out is made anew."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._choose = self.method.chooser(self.params)
+
+
+class LearnedAttention(AttentionModule):
     """A method that owns its learned parameters, drawn from torch's global generator; `weights` holds them by name."""
 
     def __init__(self, method: Method, shape: Shape, params: Params) -> None:
-        super().__init__()
+        super().__init__(method, params)
         assert method.weights is not None
-        self.method, self.params = method, params
         seed = int(torch.randint(2**31, ()).item())
         drawn = initial(method.weights, shape, params, torch.empty(0), seed)
         self.weights = nn.ParameterDict({name: nn.Parameter(x) for name, x in drawn.items()})
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q, k, v: [B, H, N, D]` -> `[B, H, N, Dv]`; weights are cast to the dtype of q."""
-        return self.method.dispatch(q, k, v, self.params, {name: x.to(q.dtype) for name, x in self.weights.items()})
+        weights = {name: x.to(q.dtype) for name, x in self.weights.items()}
+        return self.method.chosen(self._choose, (q, k, v), self.params, weights)

@@ -12,21 +12,24 @@ import importlib
 import importlib.util
 import inspect
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from operator import index
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from attnbench.cost import Cost
 from attnbench.errors import UserError, unknown
-from attnbench.learned import LearnedAttention, Weights, given, initial
+from attnbench.learned import AttentionModule, LearnedAttention, Weights, given, initial
 from attnbench.params import Params, Shape, param
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Hashable, Mapping
+    from collections.abc import Hashable, Mapping
+
+    from torch import nn
 
     from attnbench.fastweights import FastWeights
     from attnbench.taxonomy import Coordinates, Family
@@ -235,10 +238,15 @@ class Method:
         """Whether the reference can return some queries alone."""
         return "rows" in inspect.signature(self.reference).parameters
 
+    @cached_property
+    def eager(self) -> Implementation:
+        """The reference as an implementation."""
+        return Implementation(EAGER, f"{self.reference.__module__}:{self.reference.__name__}", self.limits)
+
     def implementation(self, name: str) -> Implementation:
         """The implementation called `name`. Raises `UserError` naming those there are."""
         if name == EAGER:
-            return Implementation(EAGER, f"{self.reference.__module__}:{self.reference.__name__}", self.limits)
+            return self.eager
         for item in self.implementations:
             if item.name == name:
                 return item
@@ -319,21 +327,33 @@ class Method:
         return self.dispatch(q, k, v, self.parse(params), weights)
 
     def dispatch(self, q: Tensor, k: Tensor, v: Tensor, params: Params, weights: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Run the method with parsed parameters. `torch.compile` traces it: the implementation is chosen while it traces."""
-        backward = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v, *(weights or {}).values()))
-        sizes = [[index(n) for n in x.shape] for x in (q, k, v)]
-        if torch.compiler.is_compiling():
-            chosen = _choice(self, params.as_dict(), sizes, q.dtype, q.device.type, backward=backward)
+        """Run the method with parsed parameters, by the implementation that is best for such tensors."""
+        asked = _asked((q, k, v), weights)
+        if torch.compiler.is_compiling():  # chosen while it is traced
+            name = _choice(self, params.as_dict(), asked)
         else:
-            key = (params, *map(tuple, sizes), q.dtype, q.device.type, backward)
-            chosen = self._choices.get(key) or _choice(self, params.as_dict(), sizes, q.dtype, q.device.type, backward=backward)
-            self._choices[key] = chosen
-        return self.run(self.implementation(chosen), q, k, v, params, weights=weights)
+            name = self._choices.get((params, asked)) or _choice(self, params.as_dict(), asked)
+            self._choices[params, asked] = name
+        return self.run(self.implementation(name), q, k, v, params, weights=weights)
 
     @cached_property
     def _choices(self) -> dict[Hashable, str]:
         """Implementations that earlier calls ran, by all that the choice depends on."""
         return {}
+
+    def chooser(self, params: Params) -> Chooser:
+        """What names the implementation for `_asked`, with parameters that stay: it remembers, and every torch can compile it."""
+        known: dict[Asked, str] = {}
+        assert self.eager  # made now, since not every torch can trace how
+
+        def choose(asked: Asked) -> str:
+            return known.setdefault(asked, known.get(asked) or _choice(self, params.as_dict(), asked))
+
+        return _constant(choose)
+
+    def chosen(self, choose: Chooser, qkv: tuple[Tensor, Tensor, Tensor], params: Params, weights: Weights | None = None) -> Tensor:
+        """Run the implementation that `choose`, the `chooser` of these parameters, names."""
+        return self.run(self.implementation(choose(_asked(qkv, weights))), *qkv, params, weights=weights)
 
     def build(self, shape: Shape, **params: object) -> nn.Module:
         """A module with forward `(q, k, v) -> [B, H, N, Dv]` that owns the method's learned parameters, if it has any."""
@@ -343,8 +363,27 @@ class Method:
         return LearnedAttention(self, shape, p) if self.weights else AttentionModule(self, p)
 
 
-def _choice(method: Method, values: dict[str, Any], sizes: list[list[int]], dtype: torch.dtype, device: str, *, backward: bool) -> str:
-    """Name of the implementation that runs q, k and v of these sizes. Raises `UserError`."""
+Asked = tuple[tuple[tuple[int, ...], ...], torch.dtype, str, bool]
+"""Sizes of q, k and v, their dtype and type of device, and whether a backward pass follows: all that a choice depends on"""
+Chooser = Callable[[Asked], str]
+Function = TypeVar("Function", bound=Callable[..., str])
+
+
+def _asked(qkv: tuple[Tensor, Tensor, Tensor], weights: Mapping[str, Tensor] | None) -> Asked:
+    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (*qkv, *(weights or {}).values()))
+    return tuple(tuple(index(n) for n in x.shape) for x in qkv), qkv[0].dtype, qkv[0].device.type, backward
+
+
+def _constant(function: Function) -> Function:
+    """What torch.compiler.assume_constant_result does, which would import the compiler, and triton with it."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@_constant
+def _choice(method: Method, values: dict[str, Any], asked: Asked) -> str:
+    """Name of the implementation that runs what is asked. Raises `UserError`."""
+    sizes, dtype, device, backward = asked
     params, shape = method.params(**values), Shape.of(*(torch.empty(size, device="meta") for size in sizes))
     if problems := params.problems(shape):
         raise UserError(f"{method.name}: {'; '.join(problems)}")
@@ -352,19 +391,3 @@ def _choice(method: Method, values: dict[str, Any], sizes: list[list[int]], dtyp
     if chosen is None:
         raise UserError("; ".join(why))
     return chosen.name
-
-
-# what torch.compiler.assume_constant_result sets, which would import the compiler, and triton with it
-_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-class AttentionModule(nn.Module):
-    """A method without learned parameters, as a module."""
-
-    def __init__(self, method: Method, params: Params) -> None:
-        super().__init__()
-        self.method, self.params = method, params
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`q, k, v: [B, H, N, D]` -> `[B, H, N, Dv]`."""
-        return self.method.dispatch(q, k, v, self.params)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, Self, get_args, get_origin, get_type_hints
 
@@ -96,7 +95,7 @@ class Params:
 
     def as_dict(self) -> dict[str, Any]:
         """Field -> value, every field, defaults included."""
-        return dataclasses.asdict(self)
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
 
 _HINTS: dict[type, dict[str, Any]] = {}

@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from attnbench.eager import attend, expand_heads, masked_softmax, take, wide
 from attnbench.fastweights import Bank, FastWeights
-from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
+from attnbench.method import AttentionModule, Citation, Cost, Implementation, Limits, Method, Params, Shape, param
 from attnbench.stages import stage
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
@@ -145,18 +145,17 @@ def budget(_shape: Shape, _params: NystromformerParams, units: int) -> dict[str,
     return {"landmarks": units}
 
 
-class NystromAttention(nn.Module):
+class NystromAttention(AttentionModule):
     """Nystromformer with its depthwise convolution of v along the sequence, one kernel a head."""
 
     def __init__(self, shape: Shape, params: NystromformerParams) -> None:
-        super().__init__()
-        self.params = params
+        super().__init__(METHOD, params)
         kernel, heads = params.conv, shape.heads
         self.conv = nn.Conv2d(heads, heads, (kernel, 1), padding=(kernel // 2, 0), groups=heads, bias=False) if kernel else None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q, k, v: [B, H, N, D]` -> `[B, H, N, Dv]`."""
-        out = METHOD.dispatch(q, k, v, self.params)
+        out = super().forward(q, k, v)
         return out if self.conv is None else out + self.conv(expand_heads(q, k, v)[1])
 
 
