@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnbench.cost import Cost
+    from attnbench.protocol import Protocol
     from attnbench.record import Record
-    from attnbench.suite import Protocol
 
 MOST_CALLS = 10
 SOURCES = {"cuda": "kernels, copies and fills on the device", "cpu": "operators, without the time of those they call"}

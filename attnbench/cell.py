@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from attnbench import check, energy, environment, inputs, memory, timing
+from attnbench.case import TRAINED
 from attnbench.errors import UserError
 from attnbench.isolate import Reply, limit_host_memory
 from attnbench.record import Record, Status
 from attnbench.registry import add_plugins
 from attnbench.stats import median
-from attnbench.suite import TRAINED
 from attnbench.tasks import TASKS
 from attnbench.tasks.accuracy import run as run_trained
 
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from attnbench.case import Case
     from attnbench.method import Implementation, Method, Params, Weights
-    from attnbench.suite import Case, Protocol
+    from attnbench.protocol import Protocol
 
 _SLOW_S = 2.0
 """calls slower than this are not repeated to see whether they are deterministic"""

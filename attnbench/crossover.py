@@ -9,10 +9,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from attnbench import frame, series
+from attnbench.axes import CHOICES
 from attnbench.crossing import Point, length, point
 from attnbench.errors import UserError, unknown
 from attnbench.stats import Verdict
-from attnbench.suite import CHOICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from attnbench.suite import Case
+    from attnbench.case import Case
     from attnbench.tasks.trained import Batch, Split, TrainedTask
 
 _WAIT, _WORK = timedelta(days=7), timedelta(minutes=30)

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from attnbench import joining, series
-from attnbench.suite import Case
+from attnbench.case import Case
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

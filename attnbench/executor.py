@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from attnbench import suite
+    from attnbench import protocol
+    from attnbench.case import Case
     from attnbench.isolate import Progress
     from attnbench.record import Breakdown
-    from attnbench.suite import Case
 
     Hear = Callable[[Case, Progress], None]
 
@@ -58,7 +58,7 @@ class Cells:
     """Runs one cell after another on one device, in worker processes that are replaced after a fault or a hang."""
 
     device: str
-    protocol: suite.Protocol
+    protocol: protocol.Protocol
     plugins: tuple[Path, ...] = ()
     checkpoints: Path | None = None
     """folder of models that are being trained; None keeps none"""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 import torch
 
-from attnbench import fastweights, joining, series, suite, taxonomy
+from attnbench import fastweights, joining, series, suite_file, taxonomy
 from attnbench.errors import UserError
 from attnbench.inputs import draw
 from attnbench.method import Shape
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
     from attnbench.method import Method, Params
+    from attnbench.suite import Suite
 
 SUITE = "speed"
 """Suite whose parameters and shape are costed."""
@@ -36,7 +37,7 @@ def rows(methods: Iterable[Method], n: int, table: pd.DataFrame | None = None) -
     """
     if n < 1:
         raise UserError(f"--n {n} must be at least 1")
-    chosen, axes = suite.load(SUITE), {key: values[0] for key, values in suite.load(SUITE).axes.items() if len(values) == 1}
+    chosen, axes = suite_file.load(SUITE), {key: values[0] for key, values in suite_file.load(SUITE).axes.items() if len(values) == 1}
     place = {key: axes[key] for key in ("batch", "heads", "dim", "dtype")}
     shape = Shape(axes["batch"], axes["heads"], n, axes["dim"])
     item = getattr(torch, axes["dtype"]).itemsize
@@ -61,7 +62,7 @@ def rows(methods: Iterable[Method], n: int, table: pd.DataFrame | None = None) -
     return found, [told, *notes]
 
 
-def _params(method: Method, chosen: suite.Suite, shape: Shape) -> Params:
+def _params(method: Method, chosen: Suite, shape: Shape) -> Params:
     """The first setting that the suite has for the method, else its defaults; fitted where that makes no sense at this length."""
     entry = next((e for e in chosen.methods if get(e.name).name == method.name), None)
     params = method.parse({key: values[0] for key, values in entry.params.items()} if entry else {})
@@ -73,7 +74,7 @@ def _reads(method: Method, n: int, dim: int) -> str:
     if method.experts is None:
         return NONE
     shape = Shape(1, 2, n, dim)
-    params = _params(method, suite.load(SUITE), shape)
+    params = _params(method, suite_file.load(SUITE), shape)
     width = fastweights.width_per_query(method.experts(*draw("randn", shape, 0, torch.float32, "cpu"), params))
     return "all N" if width >= n and method.exact else figures(width, max(1, len(str(round(width)))))
 

@@ -15,7 +15,8 @@ from attnbench.errors import UserError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from attnbench.suite import Case, Suite
+    from attnbench.case import Case
+    from attnbench.suite import Suite
 
 _ELEMENT_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _LEAST_SAMPLES = 3

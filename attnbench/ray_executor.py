@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from attnbench.case import Case
     from attnbench.executor import Hear
-    from attnbench.suite import Case, Protocol
+    from attnbench.protocol import Protocol
 
 LOSSES = 3
 """So many workers may be lost to a cell before it counts as failed."""

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from attnbench.case import Case
 from attnbench.errors import UserError
-from attnbench.suite import Case
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from attnbench import environment, executor, store
+from attnbench.case import TRAINED, Case
 from attnbench.energy import ABSENT
 from attnbench.errors import UserError
 from attnbench.record import Record, Status
-from attnbench.suite import TRAINED, Case
 from attnbench.tasks.accuracy import DRAWN
 
 if TYPE_CHECKING:

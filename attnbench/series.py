@@ -8,9 +8,9 @@ import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnbench import registry, stats
+from attnbench.axes import CHOICES
 from attnbench.inputs import PROFILES
 from attnbench.store import device_slug
-from attnbench.suite import CHOICES
 from attnbench.taxonomy import Family
 
 if TYPE_CHECKING:

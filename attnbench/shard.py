@@ -12,7 +12,7 @@ from attnbench.store import series_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from attnbench.suite import Case
+    from attnbench.case import Case
 
 T = TypeVar("T")
 

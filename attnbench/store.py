@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
     from io import TextIOWrapper
 
-    from attnbench.suite import Case
+    from attnbench.case import Case
 
 RECORDS = "records.jsonl"
 ENVIRONMENTS = "env.json"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnbench import compare, earned, frame, joining, references, series, stats
+from attnbench.axes import CHOICES
 from attnbench.stats import Verdict
-from attnbench.suite import CHOICES
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

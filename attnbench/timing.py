@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from attnbench.environment import Monitor
-    from attnbench.suite import Protocol
+    from attnbench.protocol import Protocol
 
     Call = Callable[[], object]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from attnbench import store
+from attnbench.case import Case
 from attnbench.record import Memory, Record, Status, Timing
-from attnbench.suite import Case
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import synthetic
 
-from attnbench import suite
+from attnbench import suite_file
 from attnbench.record import Record, Status, Training, Trial
 from attnbench.tasks import routing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from attnbench.suite import Case
+    from attnbench.case import Case
 
 _SKILL = {"softmax": 0.98, "mita": 0.95, "topk": 0.96, "moba": 0.9, "nsa": 0.94, "bra": 0.88, "agent": 0.8, "nystromformer": 0.75}
 _CHANCE = {"mqar": 0.0, "listops": 0.1, "pathfinder": 0.5, "digits": 0.1}
@@ -25,7 +25,7 @@ _NO_CAUSAL = ("mita", "agent", "nystromformer", "linformer", "bra")
 
 def records(name: str, **axes: Any) -> list[Record]:
     """A record for each cell of the suite `name`, with axis values replaced: all kinds of failure, and one seed that is still to come."""
-    planned = suite.load(name).override(axes, [], {}).planned()
+    planned = suite_file.load(name).override(axes, [], {}).planned()
     return [record for case, budget in planned.items() for record in _record(case, budget)]
 
 
@@ -93,7 +93,7 @@ def _routing(case: Case) -> dict[str, Any]:
 def costs(lengths: tuple[int, ...] = (256, 1024, 2048, 4096)) -> list[Record]:
     """What the configurations of the suite `accuracy` cost, and their distance from softmax."""
     found = []
-    for case in suite.load("accuracy-cost").override({"n": lengths}, [], {}).expand():
+    for case in suite_file.load("accuracy-cost").override({"n": lengths}, [], {}).expand():
         token = {"softmax": 0.02e-9 * case.n, "topk": 0.2e-9 * case.n}.get(case.method, 10e-9 * (1 + len(case.method) % 7))
         far = 3e-3 if case.method == "softmax" else 0.2 + 0.05 * (len(case.method) % 9)
         status = "oom" if (case.method, case.n) == ("topk", 4096) else ""

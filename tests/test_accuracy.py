@@ -14,14 +14,15 @@ from cli_support import call
 from training_support import architecture, model, task
 
 import attnbench
-from attnbench import store, suite
+from attnbench import store, suite, suite_file
 from attnbench.batches import Prepared
+from attnbench.case import Case
 from attnbench.cell import CellRunner
 from attnbench.cli._options import read_axes, read_budget, read_settings
 from attnbench.errors import UserError
 from attnbench.nn import TinyTransformer
+from attnbench.protocol import Protocol
 from attnbench.record import Record, Status
-from attnbench.suite import Case, Protocol
 from attnbench.tasks import accuracy, routing, trained
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -246,7 +247,7 @@ name = "softmax"
 def loaded(tmp_path: Path, text: str = GOOD) -> suite.Suite:
     path = tmp_path / "own.toml"
     path.write_text(text)
-    return suite.load(str(path))
+    return suite_file.load(str(path))
 
 
 def test_points_are_products_of_their_own(tmp_path: Path) -> None:
@@ -261,7 +262,7 @@ def test_points_are_products_of_their_own(tmp_path: Path) -> None:
 
 def test_a_length_selects_the_points_that_have_it() -> None:
     def sizes(**axes: list[str]) -> set[tuple[str, int, int]]:
-        return {(c.data, c.n, c.batch) for c in suite.load("accuracy").override(axes, ["softmax"], {}).expand()}
+        return {(c.data, c.n, c.batch) for c in suite_file.load("accuracy").override(axes, ["softmax"], {}).expand()}
 
     assert sizes(data=["mqar"], n=["256", "1024"]) == {("mqar", 256, 64), ("mqar", 1024, 32)}
     assert sizes(data=["mqar"], n=["32"]) == {("mqar", 32, 64)}, "no point has it: the first, at that length"
@@ -298,7 +299,7 @@ def test_a_mistake_is_named_in_one_line(tmp_path: Path, old: str, new: str, mess
 
 
 def test_the_suite_asks_for_every_task_and_method_with_three_seeds() -> None:
-    cases = suite.load("accuracy").expand()
+    cases = suite_file.load("accuracy").expand()
     assert {c.seed for c in cases} == {0, 1, 2}
     assert {(c.data, c.n) for c in cases} == {
         *(("mqar", n) for n in (256, 1024, 4096)), ("listops", 2048),
@@ -317,7 +318,7 @@ def again(command: str) -> set[str]:
         option: [words[i + 1] for i, word in enumerate(words) if word == option] for option in ("--axis", "--set", "--method", "--budget")
     }
     axes = read_axes(values["--axis"]) | read_budget(next(iter(values["--budget"]), None))
-    own = suite.load(words[2]).override(axes, values["--method"], read_settings(values["--set"]))
+    own = suite_file.load(words[2]).override(axes, values["--method"], read_settings(values["--set"]))
     return {c.case_id for c in own.expand()}
 
 

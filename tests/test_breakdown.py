@@ -10,11 +10,13 @@ import torch
 
 import attnbench
 from attnbench import breakdown, inputs, runner, store
+from attnbench.case import Case
 from attnbench.cost import Cost, Work
 from attnbench.method import Shape
+from attnbench.protocol import Protocol
 from attnbench.record import Breakdown, Record, Status
 from attnbench.stages import GRADIENT, STAGES, stage
-from attnbench.suite import Case, Entry, Protocol, Suite
+from attnbench.suite import Entry, Suite
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -11,13 +11,15 @@ import torch
 from cli_support import SUITE, answer, call
 
 import attnbench
-from attnbench import fastweights, frame, runner, store, suite
+from attnbench import fastweights, frame, runner, store, suite_file
+from attnbench.case import Case
 from attnbench.errors import UserError
 from attnbench.figures import equal_width
 from attnbench.inputs import draw
 from attnbench.method import Method, Shape
+from attnbench.protocol import Protocol
 from attnbench.record import Record, Status
-from attnbench.suite import Case, Entry, Protocol, Suite
+from attnbench.suite import Entry, Suite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +58,7 @@ NEAREST = {("bra", 128): "regions are squares, short at the ends of a grid", ("p
 
 @pytest.mark.parametrize("name", ADJUSTABLE)
 def test_at_a_length_of_the_suite_only_what_is_named_is_further_off(name: str) -> None:
-    budgets, method = suite.load("equal-width").axes["budget"], attnbench.get(name)
+    budgets, method = suite_file.load("equal-width").axes["budget"], attnbench.get(name)
     given = {"topk": 2} if name == "moba" else {}
     found = {units: width(method, Shape(1, 2, 1024, 8), units, **given) for units in budgets}
     assert {(name, u) for u, w in found.items() if abs(w - u) > TOLERANCE * u} == {key for key in NEAREST if key[0] == name}, found
@@ -172,7 +174,7 @@ def test_a_record_says_what_was_asked_and_its_command_asks_again(tmp_path: Path)
 
     path = tmp_path / "small.toml"
     path.write_text(SUITE.replace("n = [16, 32, 48, 64]", "n = [16]\nbudget = [4, 8]"))
-    chosen = replace(suite.load(str(path)), protocol=Protocol(budget_s=0.01, aa=False))
+    chosen = replace(suite_file.load(str(path)), protocol=Protocol(budget_s=0.01, aa=False))
     summary = runner.sweep(chosen, tmp_path / "results", device="cpu")
     assert {(r.case.method, r.budget) for r in summary.records} == {("softmax", ()), ("topk", (4,)), ("topk", (8,))}
     assert {r.status for r in summary.records} == {Status.OK}
@@ -228,7 +230,7 @@ def test_nsa_never_reads_as_little_as_budgets_ask(n: int) -> None:
 @pytest.fixture
 def table(tmp_path: Path) -> Any:
     """Made-up records of the built-in suite at two lengths, one of which ran out of memory."""
-    chosen = suite.load("equal-width").override({"n": [1024, 4096], "budget": [64, 256], "profile": ["randn", "clustered"]}, [], {})
+    chosen = suite_file.load("equal-width").override({"n": [1024, 4096], "budget": [64, 256], "profile": ["randn", "clustered"]}, [], {})
     records = []
     for i, (case, budget) in enumerate(chosen.planned().items()):
         if case.method == "spark" and case.n == 4096:

@@ -15,12 +15,12 @@ from cli_support import answer, call
 
 import attnbench
 from attnbench import store
+from attnbench.case import Case
 from attnbench.cli import app
 from attnbench.cli._output import comma_separated, latex, markdown, si
 from attnbench.errors import UserError
 from attnbench.plan import Ceilings, predict
 from attnbench.record import Memory, Record, Status, Timing
-from attnbench.suite import Case
 
 FLAGS = {
     "": {"--version", "--install-completion", "--show-completion", "--help", "-h"},

@@ -15,8 +15,8 @@ import pytest
 from cli_support import answer, call
 
 from attnbench import runner, store
+from attnbench.case import Case
 from attnbench.record import Record, Status
-from attnbench.suite import Case
 
 
 @pytest.mark.timeout(250)

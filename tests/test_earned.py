@@ -10,9 +10,9 @@ import pytest
 
 import attnbench
 from attnbench import earned, frame, tables
+from attnbench.case import Case
 from attnbench.figures import accuracy, curves
 from attnbench.record import Memory, Record, Status, Timing, Training, Trial
-from attnbench.suite import Case
 
 
 def case(method: str, params: dict[str, object] | None = None, **changes: Any) -> Case:

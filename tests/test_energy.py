@@ -11,8 +11,9 @@ import synthetic
 
 from attnbench import cell, energy, figures, frame, metrics, runner, store
 from attnbench.energy import EnergyUnknownError, Meter
+from attnbench.protocol import Protocol
 from attnbench.record import Energy, Record, Status
-from attnbench.suite import Entry, Protocol, Suite
+from attnbench.suite import Entry, Suite
 
 if TYPE_CHECKING:
     from pathlib import Path

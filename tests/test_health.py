@@ -9,11 +9,12 @@ import pytest
 import synthetic
 import torch
 
-from attnbench import figures, frame, health, inputs, metrics, registry, series, suite, tables
+from attnbench import figures, frame, health, inputs, metrics, registry, series, suite_file, tables
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Shape
+from attnbench.protocol import Protocol
 from attnbench.runner import sweep
-from attnbench.suite import Entry, Protocol, Suite
+from attnbench.suite import Entry, Suite
 from attnbench.tasks import TASKS
 
 
@@ -96,7 +97,7 @@ def test_queries_of_skewed_inputs_follow_zipf() -> None:
 
 
 def test_the_suite_times_each_routing_and_answers_for_it(tmp_path: Path) -> None:
-    loaded = suite.load("routing")
+    loaded = suite_file.load("routing")
     assert {"balanced", "skewed", "adversarial"} <= {c.profile for c in loaded.expand()}
     assert any(c.replicate for c in loaded.expand()), "an A/A run is part of every suite that compares times"
     axes = {"n": (64,), "heads": (2,), "dim": (16,), "profile": ("balanced", "adversarial")}

@@ -127,7 +127,7 @@ def test_the_command_line_is_imported_by_nobody_and_figures_only_by_it() -> None
 def test_no_two_modules_wait_for_each_other() -> None:
     graph = {m: {t for t in imports(m, everywhere=False) if t in MODULES and t != m} for m in MODULES}
     order = list(TopologicalSorter(graph).static_order())
-    assert order.index("attnbench.method") < order.index("attnbench.suite") < order.index("attnbench.runner")
+    assert order.index("attnbench.method") < order.index("attnbench.case") < order.index("attnbench.runner")
 
 
 def fresh(code: str) -> str:

@@ -11,7 +11,7 @@ import attnbench
 from attnbench import check, inputs, isolate, memory, timing
 from attnbench.errors import UserError
 from attnbench.method import Shape
-from attnbench.suite import Protocol
+from attnbench.protocol import Protocol
 
 
 class Scripted(timing.Clock):

@@ -10,7 +10,7 @@ import torch
 from cli_support import answer, call
 
 import attnbench
-from attnbench import frame, overview, suite
+from attnbench import frame, overview, suite_file
 from attnbench.errors import UserError
 from attnbench.method import Shape
 
@@ -23,7 +23,7 @@ NAMES = ("softmax", "mita", "linear", "ttt", "topk")
 def table(folder: Path) -> Any:
     """Made-up records of two suites: every time is 1 ms at 4096 tokens and 5 ms at 65536, every error 0.25, and what ran out of memory."""
     for name, n, methods in (("speed", 4096, NAMES), ("speed", 65536, NAMES), ("fidelity", 1024, ("softmax", "mita", "linear", "topk"))):
-        chosen = suite.load(name).override({"n": [n]}, ["softmax@cudnn" if m == "softmax" else m for m in methods], {})
+        chosen = suite_file.load(name).override({"n": [n]}, ["softmax@cudnn" if m == "softmax" else m for m in methods], {})
         records = [
             synthetic.failed(case, "oom")
             if case.method == "topk"

@@ -13,8 +13,9 @@ from cli_support import call
 
 from attnbench import ray_executor, runner, store
 from attnbench.errors import UserError
+from attnbench.protocol import Protocol
 from attnbench.record import Record, Status
-from attnbench.suite import Entry, Protocol, Suite
+from attnbench.suite import Entry, Suite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -12,7 +12,7 @@ import attnbench
 from attnbench import frame, references, registry, tables
 from attnbench.errors import UserError
 from attnbench.figures import _style, latency, memory, throughput
-from attnbench.suite import load as suite
+from attnbench.suite_file import load as suite
 
 H100 = {**synthetic.ENVIRONMENT, "device": "NVIDIA H100 80GB HBM3"}
 OURS_S, OURS_BYTES = 0.5e-3, 100 << 20

@@ -15,7 +15,7 @@ from cli_support import call
 from PIL import Image
 from training_support import model, noise, recipe, task
 
-from attnbench import checkpoint, distributed, store, suite
+from attnbench import checkpoint, distributed, protocol, store, suite_file
 from attnbench.cell import CellRunner
 from attnbench.errors import UserError
 from attnbench.nn import TinyTransformer
@@ -82,10 +82,10 @@ def test_the_command_trains_vision_transformers_and_resumes(folder: Path, tmp_pa
 
 
 def test_resolutions_are_an_axis_and_presets_are_the_models_of_the_paper() -> None:
-    cases = suite.load("images").expand()
+    cases = suite_file.load("images").expand()
     assert {(c.n, images.PATCH * c.n**0.5) for c in cases} == {(196, 224), (576, 384), (1024, 512)}
     for heads, millions in ((3, 5.7), (6, 22.0)):
-        case = suite.load("images").override({"heads": [str(heads)], "n": ["196"]}, ["softmax"], {}).expand()[0]
+        case = suite_file.load("images").override({"heads": [str(heads)], "n": ["196"]}, ["softmax"], {}).expand()[0]
         with torch.device("meta"):
             built = TinyTransformer(accuracy.architecture(case, images.TASK))
         assert built.parameter_count / 1e6 == pytest.approx(millions, abs=0.06)  # Touvron et al. 2021, table 1: 5.7 and 22 million
@@ -149,8 +149,8 @@ def test_a_suite_without_such_a_task_takes_no_folder(folder: Path) -> None:
 
 def cell(folder: Path, checkpoints: Path | None = None) -> Record:
     axes = {name: [str(value)] for name, value in AXES.items()} | {"data": [f"images:{folder}"]}
-    (case,) = suite.load("images").override(axes, ["softmax"], {}).expand()
-    return CellRunner("cpu", suite.Protocol(), checkpoints=checkpoints).attempt(case)
+    (case,) = suite_file.load("images").override(axes, ["softmax"], {}).expand()
+    return CellRunner("cpu", protocol.Protocol(), checkpoints=checkpoints).attempt(case)
 
 
 def test_a_folder_without_one_good_image_is_a_failed_cell(damaged: Path) -> None:
@@ -234,7 +234,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
 
 def test_drawn_tasks_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    case = suite.load("accuracy").expand()[0]
+    case = suite_file.load("accuracy").expand()[0]
     with pytest.raises(UserError, match="2 processes train together only on what a folder holds, not on mqar"):
         distributed.begin(case, "cpu", None)
 

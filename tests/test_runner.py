@@ -20,12 +20,14 @@ from cli_support import call
 
 import attnbench
 from attnbench import executor, isolate, registry, runner, store
+from attnbench.case import Case
 from attnbench.cell import CellRunner
 from attnbench.cli._progress import Reporter
 from attnbench.errors import UserError
 from attnbench.method import Shape
+from attnbench.protocol import Protocol
 from attnbench.record import Record, Status
-from attnbench.suite import Case, Entry, Protocol, Suite
+from attnbench.suite import Entry, Suite
 
 PLUGIN = Path(__file__).parent / "bad_methods"
 QUICK = Protocol(half_width=0.5, budget_s=0.02, max_samples=4, timeout_s=6.0, aa=False)
@@ -164,7 +166,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from attnbench import runner
-from attnbench.suite import Entry, Protocol, Suite
+from attnbench.protocol import Protocol
+from attnbench.suite import Entry, Suite
 if __name__ == "__main__":
     axes = {"n": tuple(range(16, 56)), "heads": (2,), "dim": (8,), "dtype": ("float32",)}
     s = Suite("trial", "", "", "speed", (Entry("softmax@eager"),), axes, Protocol(budget_s=0.02, max_samples=4, aa=False))

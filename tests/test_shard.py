@@ -11,10 +11,12 @@ from cli_support import call
 from attnbench import store
 from attnbench.errors import UserError
 from attnbench.shard import Shard
-from attnbench.suite import Case, load
+from attnbench.suite_file import load
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from attnbench.case import Case
 
 
 @pytest.fixture(scope="module")

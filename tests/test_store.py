@@ -16,10 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnbench import store
+from attnbench.case import Case
 from attnbench.errors import UserError
 from attnbench.record import SCHEMA, Gate, Memory, Record, Status, Timing
 from attnbench.store import Store
-from attnbench.suite import Case
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

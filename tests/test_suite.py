@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnbench import suite
+from attnbench import axes, suite_file
+from attnbench.case import Case
 from attnbench.errors import UserError
+from attnbench.protocol import Protocol
 from attnbench.registry import get, methods
-from attnbench.suite import Case, Entry, Protocol, Suite
+from attnbench.suite import Entry, Suite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,7 +24,7 @@ values = st.lists(st.integers(1, 4096), min_size=1, max_size=4, unique=True).map
 modes = st.sampled_from([("forward",), ("forward+backward",), ("forward", "forward+backward")])
 cases = st.builds(
     Case,
-    task=st.sampled_from(suite.CHOICES["task"]),
+    task=st.sampled_from(axes.CHOICES["task"]),
     method=st.sampled_from(["softmax", "topk", "linear"]),
     implementation=st.sampled_from(["", "eager"]),
     params=st.dictionaries(st.text("abc", min_size=1), st.booleans() | st.integers() | st.text('ab "é\n', max_size=4), max_size=3).map(
@@ -30,8 +32,8 @@ cases = st.builds(
     ),
     batch=st.integers(1, 4),
     n=st.integers(1, 1 << 20),
-    dtype=st.sampled_from(suite.CHOICES["dtype"]),
-    mode=st.sampled_from(suite.CHOICES["mode"]),
+    dtype=st.sampled_from(axes.CHOICES["dtype"]),
+    mode=st.sampled_from(axes.CHOICES["mode"]),
     seed=st.integers(0, 9),
     graph=st.booleans(),
     replicate=st.integers(0, 1),
@@ -96,31 +98,31 @@ def test_a_series_is_the_same_case_at_every_length(case: Case, n: int) -> None:
     assert replace(case, batch=case.batch + 1).series != case.series
 
 
-@pytest.mark.parametrize("name", suite.available())
+@pytest.mark.parametrize("name", suite_file.available())
 def test_built_in_suites_expand_and_ask_something(name: str) -> None:
-    loaded = suite.load(name)
+    loaded = suite_file.load(name)
     assert loaded.question.endswith("?")
     assert loaded.expand()
 
 
 def test_the_suites_cover_what_they_promise() -> None:
     for name in ("speed", "graph", "vision", "fidelity"):
-        assert {c.method for c in suite.load(name).expand()} == set(methods())
+        assert {c.method for c in suite_file.load(name).expand()} == set(methods())
     # no rows that could be counted, a width that no budget sets, and softmax attention again
-    assert set(methods()) - {c.method for c in suite.load("equal-width").expand()} == {"ttt", "vit3", "nsa", "flash_attn", "xformers"}
-    speed = suite.load("speed").expand()
+    assert set(methods()) - {c.method for c in suite_file.load("equal-width").expand()} == {"ttt", "vit3", "nsa", "flash_attn", "xformers"}
+    speed = suite_file.load("speed").expand()
     assert {c.n for c in speed} == {1024 << i for i in range(9)}
     assert {(c.batch, c.heads, c.dim, c.dtype) for c in speed} == {(1, 16, 64, "bfloat16")}
-    budgets = {(dict(c.params)["landmarks"], dict(c.params)["topk"]) for c in suite.load("vision").expand() if c.method == "mita"}
+    budgets = {(dict(c.params)["landmarks"], dict(c.params)["topk"]) for c in suite_file.load("vision").expand() if c.method == "mita"}
     assert budgets == {(25, 25), (49, 49)}
-    assert {c.profile for c in suite.load("fidelity").expand()} == {"randn", "clustered", "needle", "local"}
+    assert {c.profile for c in suite_file.load("fidelity").expand()} == {"randn", "clustered", "needle", "local"}
 
 
 def test_the_graph_suite_asks_only_what_a_graph_can_hold() -> None:
-    graph, speed = suite.load("graph"), suite.load("speed")
+    graph, speed = suite_file.load("graph"), suite_file.load("speed")
     cases = graph.expand()
     assert {c.graph for c in cases} == {True}
-    assert {(c.n, c.mode) for c in cases} == {(1024 << i, mode) for i in range(7) for mode in suite.CHOICES["mode"]}
+    assert {(c.n, c.mode) for c in cases} == {(1024 << i, mode) for i in range(7) for mode in axes.CHOICES["mode"]}
     for entry in graph.methods:
         assert entry in speed.methods, "settings are those of speed, so that the two can be laid beside each other"
         method = get(entry.name)
@@ -169,14 +171,14 @@ def test_a_mistake_is_named_in_one_line(tmp_path: Path, old: str, new: str, mess
     path = tmp_path / "bad.toml"
     path.write_text(GOOD.replace(old, new, 1))
     with pytest.raises(UserError, match=message) as raised:
-        suite.load(str(path)).expand()
+        suite_file.load(str(path)).expand()
     assert "\n" not in str(raised.value).strip()
 
 
 def test_the_good_suite_of_the_mistakes_is_good(tmp_path: Path) -> None:
     path = tmp_path / "good.toml"
     path.write_text(GOOD)
-    assert [(c.method, c.n, c.replicate) for c in sorted(suite.load(str(path)).expand(), key=lambda c: c.replicate)] == [
+    assert [(c.method, c.n, c.replicate) for c in sorted(suite_file.load(str(path)).expand(), key=lambda c: c.replicate)] == [
         ("topk", 64, 0),
         ("topk", 64, 1),
     ]
@@ -184,6 +186,6 @@ def test_the_good_suite_of_the_mistakes_is_good(tmp_path: Path) -> None:
 
 def test_a_suite_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="unknown suite 'sped': did you mean speed"):
-        suite.load("sped")
+        suite_file.load("sped")
     with pytest.raises(UserError, match=r"cannot read suite absent.toml: No such file"):
-        suite.load("absent.toml")
+        suite_file.load("absent.toml")

@@ -10,7 +10,7 @@ import pytest
 import synthetic
 import synthetic_trained
 
-from attnbench import earned, figures, frame, suite, tables
+from attnbench import earned, figures, frame, suite_file, tables
 from attnbench.figures import (
     _kept,
     accuracy,
@@ -132,7 +132,7 @@ def test_methods_are_named_at_their_points_and_sources_in_the_caption(points: pd
 
 
 def test_costs_with_other_parameters_are_hollow_and_told(loaded: pd.DataFrame, tmp_path: Path) -> None:
-    cells = suite.load("accuracy-cost").override({"n": [1024]}, ["softmax", "topk"], {"topk": {"topk": 32}}).expand()
+    cells = suite_file.load("accuracy-cost").override({"n": [1024]}, ["softmax", "topk"], {"topk": {"topk": 32}}).expand()
     speed = frame.load(synthetic.write(tmp_path, "speed", [synthetic.ok(c, 1e-3, metrics={"rel_error": 0.1}) for c in cells]))[0]
     both = pd.concat([loaded[loaded["suite"] == "accuracy"], speed])
     drawn = accuracy_time.data(both).set_index(["panel", "method"])
@@ -216,9 +216,8 @@ def test_records_keep_maps_and_loads(loaded: pd.DataFrame) -> None:
 
 
 def test_a_swept_parameter_is_set_by_no_budget() -> None:
-    planned = (
-        suite.load("swap_in").override({"data": ["mqar"], "n": [256], "seed": [0], "trained_with": ["softmax"]}, ["mita"], {}).planned()
-    )
+    axes = {"data": ["mqar"], "n": [256], "seed": [0], "trained_with": ["softmax"]}
+    planned = suite_file.load("swap_in").override(axes, ["mita"], {}).planned()
     params = {(dict(c.params)["landmarks"], dict(c.params)["topk"], dict(c.params)["shared"]): b for c, b in planned.items()}
     assert {key[:2] for key in params if key[2]} >= {(m, k) for m in (9, 16, 36, 64) for k in (16, 32, 64, 128)}
     assert params[9, 128, True] == (), "no budget set it"

@@ -111,14 +111,14 @@ def _pair(text: str, option: str, example: str) -> tuple[str, str]:
 
 def read_suite(name: str, axis: Sequence[str], method: Sequence[str], settings: Sequence[str], budget: str | None = None) -> "Suite":
     """The suite as the options change it. Raises `UserError`."""
-    from attnbench.suite import load
+    from attnbench.suite_file import load
 
     return load(name).override(read_axes(axis) | read_budget(budget), method, read_settings(settings))
 
 
 def with_folder(suite: "Suite", path: Path | None, *, needed: bool) -> "Suite":
     """The suite whose task of images reads the folder `path`. Raises `UserError` where it has none, or where it is `needed` and None."""
-    from attnbench.suite import TRAINED
+    from attnbench.case import TRAINED
 
     tasks = list(dict.fromkeys(case.data for case in suite.expand())) if suite.task == TRAINED else []
     if path is None:

@@ -9,10 +9,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from attnbench.case import Case
     from attnbench.isolate import Progress as CellProgress
     from attnbench.record import Record
     from attnbench.runner import Event
-    from attnbench.suite import Case
 
 
 class Reporter:

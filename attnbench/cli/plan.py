@@ -22,8 +22,8 @@ from attnbench.cli._output import emit_json, emit_table, si
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from attnbench.case import Case
     from attnbench.plan import Ceilings, Prediction, Total
-    from attnbench.suite import Case
 
 _TERA = 1e12
 

@@ -6,7 +6,7 @@ from attnbench.cli._output import emit_json, emit_table
 
 def suites(json: Json = False) -> None:
     """List the built-in suites and the questions they ask."""
-    from attnbench.suite import available, load
+    from attnbench.suite_file import available, load
 
     found = [load(name) for name in available()]
     rows = [

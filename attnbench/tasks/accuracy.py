@@ -12,6 +12,7 @@ import torch
 
 from attnbench import checkpoint, distributed
 from attnbench.batches import prepared
+from attnbench.case import laid, other_method, rates
 from attnbench.data import Data
 from attnbench.errors import UserError
 from attnbench.isolate import Progress, report
@@ -19,7 +20,6 @@ from attnbench.nn import Architecture, TinyTransformer, built, told
 from attnbench.race import race
 from attnbench.recipe import DEIT, DROP_PATH, Fit, Recipe, Score
 from attnbench.record import Record, Status, Training, Trial
-from attnbench.suite import laid, other_method, rates
 from attnbench.tasks import routing, trained
 from attnbench.train import Trainer
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from attnbench.suite import Case
+    from attnbench.case import Case
     from attnbench.tasks.trained import TrainedTask
 
 _DTYPES = ("float32", "bfloat16")
