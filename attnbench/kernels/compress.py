@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._define import define, on_device, unit_rows
 from ._tile import LOG2E, load_rows, store_rows
 from .blocks._keys import delta_kernel
-from .blocks._operator import _on, rows
 from .blocks._plan import power
 from .blocks._tile import attend, finish, score_gradient, store_output
 from .topk import keep_top, sortable
@@ -315,17 +315,17 @@ def _choose(q: Tensor, k: Tensor, lse: Tensor, s: Selection, scale: float) -> Te
     return chosen
 
 
-@torch.library.custom_op("attnbench::compressed_forward", mutates_args=())
+@define("compressed_forward")
 def compressed_forward(q: Tensor, k: Tensor, v: Tensor, selection: list[int], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The output, what rounding took from it, its log-sum-exp, and the chosen blocks."""
-    q, k, v, s = rows(q), rows(k), rows(v), Selection(*selection)
+    q, k, v, s = unit_rows(q), unit_rows(k), unit_rows(v), Selection(*selection)
     (b, h, n, _), (sizes, warps) = q.shape, _sizes(q, k, v)
     out, lse = q.new_empty(b, h, n, v.shape[3]), torch.empty(b, h, n, dtype=torch.float32, device=q.device)
     keeps = q.dtype != torch.float32
     if keeps:  # as many queries as two groups of warps can hold
         sizes, warps = {**sizes, "T": 128}, 8
     low, tiles = torch.empty_like(out) if keeps else out.new_empty(0), -(-n // sizes["T"])
-    with _on(q):
+    with on_device(q):
         compressed_attend_kernel[(b * h * tiles,)](
             q, k, v, out, low, lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], h, n, k.shape[2], tiles, scale,
             STRIDE=s.stride, LENGTH=s.length, CAUSAL=bool(s.causal), LOW=keeps, **sizes, num_warps=warps, num_stages=2,
@@ -333,7 +333,7 @@ def compressed_forward(q: Tensor, k: Tensor, v: Tensor, selection: list[int], sc
         return out, low, lse, _choose(q, k, lse, s, scale)
 
 
-@compressed_forward.register_fake
+@torch.library.register_fake(compressed_forward)
 def _(q: Tensor, k: Tensor, v: Tensor, selection: list[int], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     s = Selection(*selection)
     out = q.new_empty(*q.shape[:3], v.shape[3])
@@ -342,12 +342,12 @@ def _(q: Tensor, k: Tensor, v: Tensor, selection: list[int], scale: float) -> tu
     return out, low, q.new_empty(out.shape[:3], dtype=torch.float32), chosen
 
 
-@torch.library.custom_op("attnbench::compressed_backward", mutates_args=())
+@define("compressed_backward", final=True)
 def compressed_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: list[Tensor], selection: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    grad, q, k, v, s = rows(grad), rows(q), rows(k), rows(v), Selection(*selection)
+    grad, q, k, v, s = unit_rows(grad), unit_rows(q), unit_rows(k), unit_rows(v), Selection(*selection)
     out, low, lse = saved
     (b, h, n, d), (_, hk, c, _), dv = q.shape, k.shape, v.shape[3]
     sizes, warps = _sizes(q, k, v)
@@ -357,7 +357,7 @@ def compressed_backward(
     key_tiles = -(-c // sizes["BK"])
     splits = max(1, min(tiles, PROGRAMS // (b * hk * key_tiles)))
     part_k, part_v = (torch.empty(b, hk, splits, c, dim, dtype=torch.float32, device=q.device) for dim in (d, dv))
-    with _on(q):
+    with on_device(q):
         delta_kernel[(b * h * tiles,)](
             grad, out, low, delta, *grad.stride()[:3], h, n, tiles, DV=dv, BT=sizes["T"], BDV=sizes["BDV"], LOW=low.numel() > 0, num_warps=4
         )
@@ -368,7 +368,7 @@ def compressed_backward(
         return dq, part_k.sum(2).to(k.dtype), part_v.sum(2).to(v.dtype)
 
 
-@compressed_backward.register_fake
+@torch.library.register_fake(compressed_backward)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: list[Tensor], selection: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -388,4 +388,4 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return *compressed_backward(grad, q, k, v, saved, *ctx.setting), None, None
 
 
-compressed_forward.register_autograd(_gradient, setup_context=_save)
+torch.library.register_autograd(compressed_forward, _gradient, setup_context=_save)

@@ -13,18 +13,15 @@ Bytes: x once, features once; N D W products a part, once more for the maximum.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._define import on_device
 from ._tile import LOG2E
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
 
 __all__ = ["MOST_DIM", "features", "features_backward", "largest"]
 
@@ -137,10 +134,6 @@ def features_backward_kernel(
     tl.store(p_out, (share * b_dx).to(out.dtype.element_ty), mask=(o_n < N)[:, None] & (o_d < D)[None, :])
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _constants(x: Tensor) -> dict[str, Any]:
     """Tiles of 64 tokens and 64 directions."""
     d, fp32 = x.shape[2], x.dtype == torch.float32
@@ -152,7 +145,7 @@ def largest(x: Tensor, rows: Tensor, count: int) -> Tensor:
     constants = _constants(x)
     tiles = triton.cdiv(x.shape[1], constants["BN"])
     out = x.new_empty(x.shape[0], tiles, dtype=torch.float32)
-    with _on(x):
+    with on_device(x):
         largest_kernel[(x.shape[0], tiles)](
             x, rows, out, *x.stride()[:2], x.shape[1], count, rows.shape[1], tiles, **constants, P=rows.shape[0]
         )
@@ -163,7 +156,7 @@ def features(x: Tensor, rows: Tensor, count: int, *, scale: float, eps: float, t
     """`[X, N, W]`; `top` is what exponentials of keys want."""
     constants = _constants(x)
     out = x.new_empty(*x.shape[:2], rows.shape[1])
-    with _on(x):
+    with on_device(x):
         features_kernel[(x.shape[0], triton.cdiv(x.shape[1], constants["BN"]))](
             x, rows, x if top is None else top, out, *x.stride()[:2], x.shape[1], count, rows.shape[1], scale, eps, **constants,
             P=rows.shape[0], KEY=key, RELU=relu,
@@ -177,7 +170,7 @@ def features_backward(
 ) -> None:  # fmt: skip
     """Write `share` times the gradient of x to `out`; `factor` times that of the feature which holds the sum of all is added to each."""
     constants = _constants(x)
-    with _on(x):
+    with on_device(x):
         features_backward_kernel[(x.shape[0], triton.cdiv(x.shape[1], constants["BN"]))](
             x, rows, phi, grad, out, *x.stride()[:2], *out.stride()[:2], x.shape[1], count, rows.shape[1], scale, factor, share,
             **constants, KEY=key, RELU=relu,

@@ -13,18 +13,13 @@ Gradients of `inverse` and p are returned as sums `sum dy y` and `sum e log |y|`
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._define import on_device
 from ._tile import LOG2E
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
 
 __all__ = ["cosine", "cosine_backward", "elu", "elu_backward", "focus", "focus_backward", "powers", "powers_backward"]
 
@@ -176,10 +171,6 @@ def focus_backward_kernel(
     tl.store(dscale + (i_b.to(tl.int64) * PROGRAMS + tl.program_id(1)) * (H * D) + o_c, b_scale, mask=o_c < H * D)
 
 
-def _on(x: Tensor) -> AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
 def _sizes(x: Tensor) -> dict[str, int]:
     """Constants of a kernel over tiles of tokens of `x: [X, N, D]`."""
     wide = max(16, triton.next_power_of_2(x.shape[-1]))
@@ -188,7 +179,7 @@ def _sizes(x: Tensor) -> dict[str, int]:
 
 def _map(kernel, x: Tensor, grad: Tensor | None, out: Tensor, *values: float) -> Tensor:
     sizes = _sizes(x)
-    with _on(x):
+    with on_device(x):
         kernel[(x.shape[0], triton.cdiv(x.shape[1], sizes["BN"]))](
             x, x if grad is None else grad, out, *x.stride()[:2], *out.stride()[:2], *values, x.shape[1], **sizes, BACK=grad is not None
         )
@@ -218,7 +209,7 @@ def cosine_backward(grad: Tensor, x: Tensor, out: Tensor, share: float, start: i
 def powers(x: Tensor, inverse: Tensor, power: Tensor) -> Tensor:
     """`[X, N, D]` -> `[X, N, 2 D]`; `inverse` and `power` float32 `[X, D]`, contiguous."""
     out, sizes = x.new_empty(*x.shape[:2], 2 * x.shape[2]), _sizes(x)
-    with _on(x):
+    with on_device(x):
         powers_kernel[(x.shape[0], triton.cdiv(x.shape[1], sizes["BN"]))](x, inverse, power, out, *x.stride()[:2], x.shape[1], **sizes)
     return out
 
@@ -229,7 +220,7 @@ def powers_backward(grad: Tensor, x: Tensor, inverse: Tensor, power: Tensor, out
     tiles = max(1, _TOKENS // sizes["BN"])
     programs = triton.cdiv(x.shape[1], sizes["BN"] * tiles)
     sums = [x.new_empty(x.shape[0], programs, x.shape[2], dtype=torch.float32) for _ in range(2)]
-    with _on(x):
+    with on_device(x):
         powers_backward_kernel[(x.shape[0], programs)](
             x, inverse, power, grad, out, *sums, *x.stride()[:2], *out.stride()[:2], share, x.shape[1], programs, **sizes, TILES=tiles
         )
@@ -245,7 +236,7 @@ def _all_heads(x: Tensor) -> dict[str, int]:
 def focus(x: Tensor, inverse: Tensor, least: float, power: float) -> Tensor:
     """`[B, H, N, D]` -> `[B, H, N, D]`; `inverse` float32 `[H, D]`, contiguous."""
     out, sizes = x.new_empty(x.shape), _all_heads(x)
-    with _on(x):
+    with on_device(x):
         focus_kernel[(x.shape[0], triton.cdiv(x.shape[2], sizes["BN"]))](
             x, inverse, out, *x.stride()[:3], x.shape[2], least, power, **sizes
         )
@@ -258,7 +249,7 @@ def focus_backward(grad: Tensor, x: Tensor, inverse: Tensor, out: Tensor, share:
     tiles = max(1, _TOKENS // sizes["BN"])
     programs = triton.cdiv(x.shape[2], sizes["BN"] * tiles)
     sums = x.new_empty(x.shape[0], programs, *inverse.shape, dtype=torch.float32)
-    with _on(x):
+    with on_device(x):
         focus_backward_kernel[(x.shape[0], programs)](
             x, inverse, grad, out, sums, *x.stride()[:3], *out.stride()[:3], share, x.shape[2], programs, least, power, **sizes,
             TILES=tiles,

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import LOG2E
-from .topk import load_rows, on_device, unit_rows
+from ._define import define, on_device, unit_rows
+from ._tile import LOG2E, load_rows
 
 __all__ = ["gather_attention", "supported"]
 
@@ -144,7 +144,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@torch.library.custom_op("attnbench::gather_forward", mutates_args=())
+@define("gather_forward")
 def gather_forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The output, and the base-2 log-sum-exp `[B, H, N]` (inf where a list is empty)."""
     q, k, v, index = unit_rows(q), unit_rows(k), unit_rows(v), index.contiguous()
@@ -158,12 +158,12 @@ def gather_forward(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float)
     return out, lse
 
 
-@gather_forward.register_fake
+@torch.library.register_fake(gather_forward)
 def _(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("attnbench::gather_backward", mutates_args=())
+@define("gather_backward", final=True)
 def gather_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -180,7 +180,7 @@ def gather_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-@gather_backward.register_fake
+@torch.library.register_fake(gather_backward)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -199,4 +199,4 @@ def _grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | Non
     return *gather_backward(grad, *ctx.saved_tensors, ctx.scale), None, None
 
 
-gather_forward.register_autograd(_grad, setup_context=_save)
+torch.library.register_autograd(gather_forward, _grad, setup_context=_save)

@@ -7,16 +7,14 @@ the gradient of the weights and adds to a float32 gradient of v atomically, in n
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+from ._define import define, on_device
 
 __all__ = ["mix_rows"]
 
@@ -71,36 +69,32 @@ def _launch(v: Tensor, index: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     return (triton.cdiv(r, tile), b * h), {"G": h // v.shape[1], "N": v.shape[2], "R": r, "U": u, "D": d, "BD": wide, "BR": tile}
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-@torch.library.custom_op("attnbench::mix_rows", mutates_args=())
+@define("mix_rows")
 def mix_rows_forward(v: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """The sums."""
     grid, sizes = _launch(v, index)
     out = v.new_empty(*index.shape[:3], v.shape[3])
-    with _on(v):
+    with on_device(v):
         mix_rows_kernel[grid](v, index, weights, out, **sizes)
     return out
 
 
-@mix_rows_forward.register_fake
+@torch.library.register_fake(mix_rows_forward)
 def _(v: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     return v.new_empty(*index.shape[:3], v.shape[3])
 
 
-@torch.library.custom_op("attnbench::spread_rows", mutates_args=())
+@define("spread_rows", final=True)
 def spread_rows(grad: Tensor, v: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of v, in float32, and of the weights."""
     grid, sizes = _launch(v, index)
     dv, dweights = torch.zeros(v.shape, dtype=torch.float32, device=v.device), torch.empty_like(weights)
-    with _on(v):
+    with on_device(v):
         spread_rows_kernel[grid](v, index, weights, grad.contiguous(), dv, dweights, **sizes)
     return dv, dweights
 
 
-@spread_rows.register_fake
+@torch.library.register_fake(spread_rows)
 def _(grad: Tensor, v: Tensor, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(v.shape, dtype=torch.float32, device=v.device), torch.empty_like(weights)
 
@@ -115,4 +109,4 @@ def _grad(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:
     return dv.to(v.dtype), None, dweights
 
 
-mix_rows_forward.register_autograd(_grad, setup_context=_save)
+torch.library.register_autograd(mix_rows_forward, _grad, setup_context=_save)

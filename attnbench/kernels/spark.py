@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import LOG2E, store_rows
-from .topk import load_rows, on_device, unit_rows
+from ._define import define, on_device, unit_rows
+from ._tile import LOG2E, load_rows, store_rows
 
 __all__ = ["spark_attention", "spark_statistics", "supported"]
 
@@ -297,7 +297,7 @@ def _constants(q: Tensor, k: Tensor, v: Tensor, predictor: int, *, causal: bool,
     }  # fmt: skip
 
 
-@torch.library.custom_op("attnbench::spark_statistics", mutates_args=())
+@define("spark_statistics", final=True)
 def spark_statistics(q: Tensor, k: Tensor, predictor: int) -> tuple[Tensor, Tensor]:
     """Mean and sum of squared deviations, `[B, H, N]` in float32, of the predicted scores that causal queries see."""
     q, k = unit_rows(q), unit_rows(k)
@@ -312,12 +312,12 @@ def spark_statistics(q: Tensor, k: Tensor, predictor: int) -> tuple[Tensor, Tens
     return mean, squares
 
 
-@spark_statistics.register_fake
+@torch.library.register_fake(spark_statistics)
 def _(q: Tensor, k: Tensor, predictor: int) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape[:3], dtype=torch.float32), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op("attnbench::spark_forward", mutates_args=())
+@define("spark_forward")
 def spark_forward(
     q: Tensor, k: Tensor, v: Tensor, limit: Tensor, predictor: int, scale: float, scale_s: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -336,7 +336,7 @@ def spark_forward(
     return out, lse, used
 
 
-@spark_forward.register_fake
+@torch.library.register_fake(spark_forward)
 def _(
     q: Tensor, k: Tensor, v: Tensor, limit: Tensor, predictor: int, scale: float, scale_s: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -344,7 +344,7 @@ def _(
     return q.new_empty(*q.shape[:3], v.shape[3]), lse, torch.empty_like(lse)
 
 
-@torch.library.custom_op("attnbench::spark_backward", mutates_args=())
+@define("spark_backward", final=True)
 def spark_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, used: Tensor, predictor: int, scale: float, scale_s: float,
     causal: bool,
@@ -368,7 +368,7 @@ def spark_backward(
     return dq, dk, dv
 
 
-@spark_backward.register_fake
+@torch.library.register_fake(spark_backward)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, used: Tensor, predictor: int, scale: float, scale_s: float,
     causal: bool,
@@ -389,4 +389,4 @@ def _grad(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | No
     return *spark_backward(grad, *ctx.saved_tensors, *ctx.setting), *none
 
 
-spark_forward.register_autograd(_grad, setup_context=_save)
+torch.library.register_autograd(spark_forward, _grad, setup_context=_save)

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._tile import LOG2E
+from ._define import define, on_device, unit_rows
+from ._tile import LOG2E, load_rows
 from .gather import load_row
 from .spark import (
     DTYPES,
@@ -30,7 +31,6 @@ from .spark import (
     spark_query_gradient_kernel,
     visible,
 )
-from .topk import load_rows, on_device, unit_rows
 
 __all__ = ["spark_listed"]
 
@@ -183,7 +183,7 @@ def _gathers(q: Tensor, k: Tensor, v: Tensor, predictor: int, longest: int) -> d
     }  # fmt: skip
 
 
-@torch.library.custom_op("attnbench::spark_listed_forward", mutates_args=())
+@define("spark_listed_forward")
 def listed_forward(
     q: Tensor, k: Tensor, v: Tensor, limit: Tensor, predictor: int, scale: float, scale_s: float, longest: int, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -207,7 +207,7 @@ def listed_forward(
     return out, lse, used, index, count, flags
 
 
-@listed_forward.register_fake
+@torch.library.register_fake(listed_forward)
 def _(
     q: Tensor, k: Tensor, v: Tensor, limit: Tensor, predictor: int, scale: float, scale_s: float, longest: int, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -217,7 +217,7 @@ def _(
     return q.new_empty(b, h, n, v.shape[3]), lse, torch.empty_like(lse), index, count, flags
 
 
-@torch.library.custom_op("attnbench::spark_listed_backward", mutates_args=())
+@define("spark_listed_backward", final=True)
 def listed_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: list[Tensor], predictor: int, scale: float, scale_s: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,7 +244,7 @@ def listed_backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
-@listed_backward.register_fake
+@torch.library.register_fake(listed_backward)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: list[Tensor], predictor: int, scale: float, scale_s: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,4 +267,4 @@ def _grad(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | No
     return *listed_backward(grad, q, k, v, saved, *ctx.setting), *none
 
 
-listed_forward.register_autograd(_grad, setup_context=_save)
+torch.library.register_autograd(listed_forward, _grad, setup_context=_save)

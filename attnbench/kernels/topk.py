@@ -15,20 +15,16 @@ stay in cache while k fits it. Maxima exist for a slab of queries at a time, wit
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from functools import lru_cache
 from math import log2
-from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._define import define, on_device, unit_rows
 from ._tile import load_rows
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
 
 __all__ = ["select_indexed", "select_topk", "supported"]
 
@@ -241,17 +237,7 @@ def _check(q: Tensor, k: Tensor, topk: int) -> None:
         raise ValueError("; ".join(reasons))
 
 
-def unit_rows(x: Tensor) -> Tensor:
-    """`x` itself where its innermost stride is 1, else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def on_device(x: Tensor) -> AbstractContextManager[object]:
-    """Makes the device of `x` current."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-@torch.library.custom_op("attnbench::topk_select", mutates_args=())
+@define("topk_select")
 def topk_select(q: Tensor, gate: Tensor, k: Tensor, topk: int, indexer: int, causal: bool) -> Tensor:
     """`select_topk`, or with `indexer` heads `select_indexed`."""
     (b, h, n, d), m = q.shape, k.shape[2]
@@ -283,6 +269,6 @@ def topk_select(q: Tensor, gate: Tensor, k: Tensor, topk: int, indexer: int, cau
     return index
 
 
-@topk_select.register_fake
+@torch.library.register_fake(topk_select)
 def _(q: Tensor, gate: Tensor, k: Tensor, topk: int, indexer: int, causal: bool) -> Tensor:
     return q.new_empty(q.shape[0], 1 if indexer else q.shape[1], q.shape[2], min(topk, k.shape[2]), dtype=torch.int32)

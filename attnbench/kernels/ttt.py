@@ -13,16 +13,14 @@ bfloat16, products take TF32 operands, four times as fine; else three TF32 produ
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
+from ._define import define, on_device
 
 __all__ = ["ttt_linear"]
 
@@ -222,11 +220,7 @@ def _sizes(q: Tensor, k: Tensor, factor: Tensor) -> tuple[tuple[int, ...], dict[
     return (h, h // k.shape[1], n, steps, triton.cdiv(steps, EVERY)), fixed | {"PREC": "tf32" if q.dtype == torch.bfloat16 else "tf32x3"}
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-@torch.library.custom_op("attnbench::ttt_forward", mutates_args=())
+@define("ttt_forward")
 def ttt_forward(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, factor: Tensor, w: Tensor, c: Tensor, gamma: Tensor, beta: Tensor, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -234,14 +228,14 @@ def ttt_forward(
     sizes, constants = _sizes(q, k, factor)
     out, d = torch.empty_like(q), q.shape[3]
     states = rate.new_empty(q.shape[0] * q.shape[1] if save else 0, sizes[-1], d + 1, d)
-    with _on(q):
+    with on_device(q):
         ttt_forward_kernel[(q.shape[0] * q.shape[1],)](
             q, k, v, rate, factor, w, c, gamma, beta, out, states, *sizes, SAVE=save, **constants, num_warps=4 if d <= 64 else 8
         )
     return out, states
 
 
-@ttt_forward.register_fake
+@torch.library.register_fake(ttt_forward)
 def _(
     q: Tensor, k: Tensor, v: Tensor, rate: Tensor, factor: Tensor, w: Tensor, c: Tensor, gamma: Tensor, beta: Tensor, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -249,7 +243,7 @@ def _(
     return torch.empty_like(q), rate.new_empty(q.shape[0] * q.shape[1] if save else 0, sizes[-1], d + 1, d)
 
 
-@torch.library.custom_op("attnbench::ttt_backward", mutates_args=())
+@define("ttt_backward", final=True)
 def ttt_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, factor: Tensor, gamma: Tensor, beta: Tensor, states: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -257,7 +251,7 @@ def ttt_backward(
     sizes, constants = _sizes(q, k, factor)
     found = _gradients(q, k, rate, factor)
     scratch = rate.new_empty(states.shape[0], EVERY, *states.shape[2:])
-    with _on(q):
+    with on_device(q):
         ttt_backward_kernel[(states.shape[0],)](
             q, k, v, rate, factor, gamma, beta, states, grad.contiguous(), scratch, *found, *sizes, **constants,
             num_warps=8, num_stages=1,
@@ -265,7 +259,7 @@ def ttt_backward(
     return found
 
 
-@ttt_backward.register_fake
+@torch.library.register_fake(ttt_backward)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, rate: Tensor, factor: Tensor, gamma: Tensor, beta: Tensor, states: Tensor
 ) -> tuple[Tensor, ...]:
@@ -297,4 +291,4 @@ def _grad(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | Non
     return dq, dk, dv, drate, dfactor.sum((0, 1)), dw.sum(0), dc.sum(0), dgamma.sum(0), dbeta.sum(0), None
 
 
-ttt_forward.register_autograd(_grad, setup_context=_save)
+torch.library.register_autograd(ttt_forward, _grad, setup_context=_save)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .._define import define, on_device, unit_rows
 from ._keys import delta_kernel, key_gradient_kernel, key_sum_kernel
 from ._pairs import merge_kernel, pair_attend_kernel, pair_query_gradient_kernel, sum_kernel
 from ._plan import Plan, plan, region_tile
 from ._regions import region_attend_kernel, region_query_gradient_kernel
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
 
 PART_BYTES = 1 << 31
 """bytes that partial outputs or gradients may take: heads are done in several launches where they would take more"""
@@ -56,11 +53,6 @@ class Call(NamedTuple):
         """Constants of every kernel that attends."""
         return {"G": self.heads // self.kv_heads, "S": self.slots, "W": self.width, "D": self.dim, "DV": self.dim_v, "BK": p.block,
                 "BD": p.dim, "BDV": p.dim_v, "PREC": p.prec}  # fmt: skip
-
-
-def rows(x: Tensor) -> Tensor:
-    """`x` itself where its innermost stride is 1, else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def group(routes: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
@@ -205,24 +197,20 @@ def key_gradients(
     return found[0], found[1]
 
 
-def _on(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
-
-
-@torch.library.custom_op("attnbench::blocks_forward", mutates_args=())
+@define("blocks_forward")
 def blocks_forward(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, members: Tensor | None, width: int, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The output; what rounding took from it; its log-sum-exp; pairs sorted by block, and where each block's begin."""
-    q, k, v, c = rows(q), rows(k), rows(v), Call.of(q, k, v, routes, members, width)
-    with _on(q):
+    q, k, v, c = unit_rows(q), unit_rows(k), unit_rows(v), Call.of(q, k, v, routes, members, width)
+    with on_device(q):
         if members is None:
             return pair_forward(q, k, v, routes, c, scale, causal)
         none = routes.new_empty(0)
         return (*region_forward(q, k, v, routes, members, c, scale, causal), none, torch.empty_like(none))
 
 
-@blocks_forward.register_fake
+@torch.library.register_fake(blocks_forward)
 def _(
     q: Tensor, k: Tensor, v: Tensor, routes: Tensor, members: Tensor | None, width: int, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -234,16 +222,16 @@ def _(
     return out, low, q.new_empty(out.shape[:3], dtype=torch.float32), order, start
 
 
-@torch.library.custom_op("attnbench::blocks_backward", mutates_args=())
+@define("blocks_backward", final=True)
 def blocks_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, members: Tensor | None, saved: list[Tensor],
     width: int, scale: float, causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
-    grad, q, k, v, c = rows(grad), rows(q), rows(k), rows(v), Call.of(q, k, v, routes, members, width)
+    grad, q, k, v, c = unit_rows(grad), unit_rows(q), unit_rows(k), unit_rows(v), Call.of(q, k, v, routes, members, width)
     out, low, lse, order, start = saved
     delta, p = torch.empty_like(lse), c.plan(c.n * c.slots)
-    with _on(q):
+    with on_device(q):
         tiles = -(-c.n // p.rows)
         delta_kernel[(c.batch * c.heads * tiles,)](
             grad, out, low, delta, *grad.stride()[:3], c.heads, c.n, tiles, DV=c.dim_v, BT=p.rows, BDV=p.dim_v, LOW=c.low, num_warps=4
@@ -254,7 +242,7 @@ def blocks_backward(
         return dq, *key_gradients(grad, q, k, v, lse, delta, members, order, start, c, scale, causal)
 
 
-@blocks_backward.register_fake
+@torch.library.register_fake(blocks_backward)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, routes: Tensor, members: Tensor | None, saved: list[Tensor],
     width: int, scale: float, causal: bool,
@@ -278,4 +266,4 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     return *blocks_backward(grad, q, k, v, routes, members, rest, *ctx.setting), *none
 
 
-blocks_forward.register_autograd(_gradient, setup_context=_save)
+torch.library.register_autograd(blocks_forward, _gradient, setup_context=_save)

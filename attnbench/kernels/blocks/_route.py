@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._define import define, on_device, unit_rows
 from .._tile import load_rows
-from ._operator import _on, rows
 from ._plan import power
 
 LEAST = tl.constexpr(-3e38)
@@ -60,19 +60,19 @@ def block_route_kernel(
     tl.store(p_route, b_block, mask=m_n[:, None] & (o_s < S)[None, :])
 
 
-@torch.library.custom_op("attnbench::route_blocks", mutates_args=())
+@define("route_blocks")
 def route_blocks(q: Tensor, means: Tensor, topk: int, block: int, causal: bool) -> Tensor:
     """Blocks `[B, H, N, min(topk, E)]` int32 whose `means: [B, Hkv, E, D]` (float32) have the largest products with `q: [B, H, N, D]`.
 
     In no order; -1 where there are fewer. Products are accurate to about 2^-21; ties go to the earlier block, NaN is the smallest. Causal:
     the query's own block, of `block` tokens, is always chosen and later ones never are.
     """
-    q, means, (b, h, n, d), blocks = rows(q), means.contiguous(), q.shape, means.shape[2]
+    q, means, (b, h, n, d), blocks = unit_rows(q), means.contiguous(), q.shape, means.shape[2]
     slots, dim = min(topk, blocks), max(16, power(d))
     routes = torch.empty(b, h, n, slots, dtype=torch.int32, device=q.device)
     tile = 64 if dim <= 64 else 32
     tiles = -(-n // tile)
-    with _on(q):
+    with on_device(q):
         block_route_kernel[(b * h * tiles,)](
             q, means, routes, *q.stride()[:3], h, n, blocks, tiles, G=h // means.shape[1], S=slots, SP=power(slots), BLOCK=block, D=d,
             T=tile, BE=min(64, max(16, power(blocks))), BD=dim, CAUSAL=causal, num_warps=4, num_stages=2,
@@ -80,6 +80,6 @@ def route_blocks(q: Tensor, means: Tensor, topk: int, block: int, causal: bool) 
     return routes
 
 
-@route_blocks.register_fake
+@torch.library.register_fake(route_blocks)
 def _(q: Tensor, means: Tensor, topk: int, block: int, causal: bool) -> Tensor:
     return q.new_empty(*q.shape[:3], min(topk, means.shape[2]), dtype=torch.int32)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .._define import on_device
 from . import _launch
 from ._backward import backward_key
 from ._forward import Saved, Setting, forward_key
-from ._operator import mita_backward, on_device
+from ._operator import mita_backward
 
 if TYPE_CHECKING:
     from collections.abc import Hashable

@@ -15,7 +15,7 @@ import triton
 from ._program import Buffer, Launch, Program
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator, Sequence
+    from collections.abc import Hashable, Iterator, Mapping, Sequence
 
     from torch import Tensor
 
@@ -24,7 +24,7 @@ _PROGRAMS: dict[Hashable, Program] = {}
 MOST = 4096
 """programs kept; each holds references to kernels that Triton keeps anyway"""
 _ALIGNMENT = 16
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 
 
 def signature(*tensors: Tensor) -> Hashable:
@@ -77,7 +77,7 @@ class Recorder:
 
     def __call__(self, kernel: Any, programs: int, *args: Any, **constants: object) -> None:
         """Launch `programs` programs of a Triton kernel; tensors come first, `constants` are compile-time arguments and options."""
-        compiled = kernel[(programs,)](*args, **constants)
+        compiled = self.run(kernel, programs, args, constants)
         if not hasattr(compiled, "packed_metadata"):  # the interpreter compiles nothing
             self.complete = False
             return
@@ -86,6 +86,10 @@ class Recorder:
         rest = (*args[len(tensors) :], *(constants[name] for name in kernel.arg_names[len(args) :] if name not in _OPTIONS))
         self.launches.append((compiled, programs, tensors, rest, self.is_aside, self.waits))
         self.waits = False
+
+    def run(self, kernel: Any, programs: int, args: Sequence[Any], constants: Mapping[str, object]) -> Any:
+        """Launch through Triton; what it compiled."""
+        return kernel[(programs,)](*args, **constants)
 
     def note(self, key: Hashable, results: Sequence[Tensor], own: int) -> None:
         """Keep what was launched as the program of `key`; see `Program` for `results` and `own`."""
@@ -99,4 +103,4 @@ class Recorder:
         place = {id(x): i for i, x in enumerate([*self.inputs, *made, *scratch])}
         launches = [Launch(x, programs, tuple(place[id(t)] for t in tensors), *rest) for x, programs, tensors, *rest in self.launches]
         buffers = [[Buffer(tuple(x.shape), x.dtype, of[id(x)]) for x in group] for group in (made, scratch)]
-        _PROGRAMS[key] = Program(self.inputs[0].device, *buffers, launches, [place[id(x)] for x in results], own)
+        _PROGRAMS[key] = Program(self.inputs[0].device, len(self.inputs), *buffers, launches, [place[id(x)] for x in results], own)

@@ -1,43 +1,24 @@
-"""The operator as torch sees it: two operators, shapes for tracing, and the gradient that links them.
-
-Defined through torch.library's schema functions, not its `custom_op`, which compares the storages of all arguments and results at every
-call.
-"""
+"""The operator as torch sees it: two operators, shapes for tracing, and the gradient that links them."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._define import define, on_device
 from ._backward import backward
 from ._forward import Saved, Setting, forward
 from ._plan import most_segments
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from contextlib import AbstractContextManager
-
-
-def on_device(x: Tensor) -> AbstractContextManager[Any]:
-    """Launches within go to the device of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else nullcontext()
 
 
 def _setting(topk: int, experts: int, shared: bool, routed: bool, scale: float, shared_scale: float, grid: list[int]) -> Setting:
     return Setting(topk, experts, shared, routed, scale, shared_scale, tuple(grid))
 
 
-def _define(name: str, function: Callable[..., Any]) -> Any:
-    """An operator with the schema of `function`, which changes no argument and returns none of them."""
-    torch.library.define(f"attnbench::{name}", torch.library.infer_schema(function, mutates_args=()))
-    torch.library.impl(f"attnbench::{name}", "CompositeExplicitAutograd")(function)
-    return getattr(torch.ops.attnbench, name).default
-
-
-def _forward(
+@define("mita_forward")
+def mita_forward(
     q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor | None, topk: int, experts: int, shared: bool, routed: bool,
     scale: float, shared_scale: float, grid: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -49,10 +30,7 @@ def _forward(
     return out, *saved  # type: ignore[return-value]
 
 
-mita_forward = _define("mita_forward", _forward)
-
-
-@torch.library.register_fake("attnbench::mita_forward")
+@torch.library.register_fake(mita_forward)
 def _(
     q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor | None, topk: int, experts: int, shared: bool, routed: bool,
     scale: float, shared_scale: float, grid: list[int],
@@ -70,7 +48,8 @@ def _(
     )  # fmt: skip
 
 
-def _backward(
+@define("mita_backward", final=True)
+def mita_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: list[Tensor], topk: int, experts: int, shared: bool, routed: bool,
     scale: float, shared_scale: float, grid: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -82,10 +61,7 @@ def _backward(
     return dq, dk, dv, dr
 
 
-mita_backward = _define("mita_backward", _backward)
-
-
-@torch.library.register_fake("attnbench::mita_backward")
+@torch.library.register_fake(mita_backward)
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: list[Tensor], topk: int, experts: int, shared: bool, routed: bool,
     scale: float, shared_scale: float, grid: list[int],
@@ -109,4 +85,4 @@ def _grad(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | No
     return dq, dk, dv, dr.to(ctx.landmarks) if ctx.landmarks else None, *none
 
 
-torch.library.register_autograd("attnbench::mita_forward", _grad, setup_context=_save)
+torch.library.register_autograd(mita_forward, _grad, setup_context=_save)

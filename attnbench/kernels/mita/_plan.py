@@ -20,6 +20,15 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def even_splits(programs: int, most: int, sms: int) -> int:
+    """The fewest splits of `programs` equal programs, up to two a multiprocessor or `most`, that end soonest if each takes turns alone.
+
+    An H100 reads no faster with two of them a multiprocessor than with one, and each split writes partial sums.
+    """
+    options = range(1, min(most, max(1, 2 * sms // programs)) + 1)
+    return min(options, key=lambda x: (-(-x * programs // sms) / x, x))
+
+
 LEAST_LENGTH = 128
 """queries of a segment, at least"""
 
@@ -108,16 +117,18 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
     blocks = -(-keys // probe_block)
     chunk = min(32, max(4, power((keys / (16 * k)) ** 0.5 * 0.75)))
     chunks = blocks * probe_block // chunk
-    group = min((1 << i for i in range(11)), key=lambda g: (power(chunks / g) + (g > 1) * (power(k) * g + 129), -g))
+    # what the selection's levels search; of equals the smaller group, whose first level reads side by side
+    group = min((1 << i for i in range(11)), key=lambda g: (power(chunks / g) + (g > 1) * (power(k) * g + 129), g))
     gate_block = 64
-    rows = min(4096 if n > 1 << 18 else 1024 if n > 8192 else 512, power(heads * n / (4 * sms)))
+    # at least 4 programs a multiprocessor, and 16 a head where it is long: each of them reads the counts of all of its head
+    rows = min(power(heads * n / (4 * sms)), max(512, power(n / 16)), 4096)
     tile = 32 if fp32 else 64
     widest = max(power(chunks / group), power(k) * max(group, chunk))
     prec = "tf32x3" if fp32 else "tf32"
     return Plan(
         prec=prec, gate_prec="ieee" if fp32 and mp * dim > 1 << 14 else prec, dim=dim, dim_v=dim_v, landmarks=mp,
         block_m=block_m, block_k=block_k, pool_block=64 if n // m >= 64 else 32, probe_block=probe_block,
-        probe_tiles=probe_tiles, probe_splits=min(blocks, max(1, 2 * sms // (heads * probe_tiles))), chunk=chunk, group=group,
+        probe_tiles=probe_tiles, probe_splits=even_splits(heads * probe_tiles, blocks, sms), chunk=chunk, group=group,
         gate_rows=max(rows, gate_block), gate_block=gate_block, gate_warps=8 if mp > 64 else 4,
         tile=tile, length=min(512, max(LEAST_LENGTH, power(heads * n * s / (8 * sms)))), grad_tile=tile,
         # where experts have few queries, reading the landmarks costs as much as they do

@@ -3,7 +3,8 @@
 A program is what one call of an operator did: the tensors that it was given, those that it made, and its launches in order. It is
 repeated with other tensors that are alike in shape, stride, dtype and alignment, which is all that Triton specialises a kernel for. So
 each launch takes the compiled kernel and the arguments that Triton would choose, and neither is looked for again. Buffers are pieces of
-one allocation; kernels get them as numbers, which spares a tensor each, and Triton the question whether the GPU can read it.
+one allocation or of a result that is written later (`_layout.py`); kernels get them as numbers, which spares a tensor each, and Triton the
+question whether the GPU can read it.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import torch
 from triton import knobs
 from triton.runtime import driver
 
+from ._layout import Piece, Step, apart, shared
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch import Tensor
 
-_ALIGNMENT = 256
-"""bytes; Triton asks for 16"""
 _C_LAUNCHER = ("launch", "launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
 
 
@@ -86,7 +87,7 @@ def side_of(index: int, stream: int) -> Side:
 
 
 class Program:
-    """The launches of one call, with places for pointers: first of the `inputs`, then of results, last of what only the launches need.
+    """The launches of one call, with places for pointers: first of the inputs, then of results, last of what only the launches need.
 
     `results` are places of what the call returns: inputs and all of `made`. Of those the first `own` are always tensors of their own.
     """
@@ -94,6 +95,7 @@ class Program:
     def __init__(
         self,
         device: torch.device,
+        inputs: int,
         made: Sequence[Buffer],
         scratch: Sequence[Buffer],
         launches: Sequence[Launch],
@@ -104,8 +106,20 @@ class Program:
         self.device, self.made, self.results, self.own = device, made, results, own
         self.index = -1 if device.index is None else device.index
         self.zeroed = [x for x in scratch if x.zeroed]
-        self.packed, self.packed_bytes = _places(made[own:])
-        self.scratch, self.scratch_bytes = _places([x for x in scratch if not x.zeroed])
+        pieces = [
+            Piece(x.bytes, frozenset(j for j, launch in enumerate(launches) if i in launch.places))
+            for i, x in enumerate([*made, *scratch], inputs)
+        ]
+        pieces, hosts = pieces[own : len(pieces) - len(self.zeroed)], [] if any(x.zeroed for x in made[:own]) else pieces[:own]
+        steps, kept = [Step(x.aside, x.waits) for x in launches], len(made) - own
+        packed = apart(pieces[:kept])
+        self.packed, self.packed_bytes = [at for _, at in packed.places], packed.bytes
+        self.scratch = shared(pieces[kept:], hosts, steps)
+        """of what only the launches need"""
+        self.spare = shared(pieces, hosts, steps)
+        """the same where only the `own` results are kept, with the other results"""
+        self.workspace = self.spare.bytes + sum(x.bytes for x in self.zeroed)
+        """bytes beyond inputs and output of a call without gradients"""
         self.launches = launches
         self.calls = [(*_entry(x.compiled), x.programs, _taker(x.places), x.rest) for x in launches]
         asides = [x.aside for x in launches]
@@ -114,23 +128,25 @@ class Program:
 
     def tensors(self, *inputs: Tensor) -> list[Tensor]:
         """Run; every result is a tensor of its own."""
-        every = [*inputs, *(x.on(self.device) for x in self.made)]
-        scratch = self._bytes(self.scratch_bytes)
-        self._launch([x.data_ptr() for x in every], scratch.data_ptr())
+        every, scratch = [*inputs, *(x.on(self.device) for x in self.made)], self._bytes(self.scratch.bytes)
+        pointers = [x.data_ptr() for x in every]
+        bases = [*pointers[len(inputs) : len(inputs) + self.own], scratch.data_ptr()]
+        self._launch(pointers + [bases[host] + at for host, at in self.scratch.places])
         return [every[i] for i in self.results]
 
     def packed_results(self, pointers: Sequence[int]) -> tuple[list[Tensor], Tensor]:
         """Run on inputs at `pointers`: the `own` results, and the others in one buffer, which `unpack` takes apart."""
-        own, pack, scratch = self._own(), self._bytes(self.packed_bytes), self._bytes(self.scratch_bytes)
-        base = pack.data_ptr()
-        self._launch([*pointers, *[x.data_ptr() for x in own], *[base + x for x in self.packed]], scratch.data_ptr())
+        own, pack, scratch = self._own(), self._bytes(self.packed_bytes), self._bytes(self.scratch.bytes)
+        base, bases = pack.data_ptr(), [*[x.data_ptr() for x in own], scratch.data_ptr()]
+        packed, places = [base + at for at in self.packed], self.scratch.places
+        self._launch([*pointers, *bases[:-1], *packed, *[bases[host] + at for host, at in places]])
         return own, pack
 
     def own_results(self, pointers: Sequence[int]) -> list[Tensor]:
         """Run on inputs at `pointers`; the `own` results alone are kept."""
-        own, buffer = self._own(), self._bytes(self.packed_bytes + self.scratch_bytes)
-        base = buffer.data_ptr()
-        self._launch([*pointers, *[x.data_ptr() for x in own], *[base + x for x in self.packed]], base + self.packed_bytes)
+        own, buffer = self._own(), self._bytes(self.spare.bytes)
+        bases = [*[x.data_ptr() for x in own], buffer.data_ptr()]
+        self._launch([*pointers, *bases[:-1], *[bases[host] + at for host, at in self.spare.places]])
         return own
 
     def unpack(self, pack: Tensor) -> list[Tensor]:
@@ -144,9 +160,8 @@ class Program:
     def _bytes(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def _launch(self, pointers: list[int], scratch: int) -> None:
+    def _launch(self, pointers: list[int]) -> None:
         zeroed = [x.on(self.device) for x in self.zeroed]  # alive until all is launched
-        pointers += [scratch + x for x in self.scratch]
         pointers += [x.data_ptr() for x in zeroed]
         if knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
             for x in self.launches:  # a profiler wants to be told what Triton tells
@@ -167,15 +182,6 @@ class Program:
             if x.waits:
                 side.join()
             call(programs, 1, 1, side.handle if x.aside else stream, *head, *take(pointers), *rest)
-
-
-def _places(buffers: Sequence[Buffer]) -> tuple[list[int], int]:
-    """Where each of them begins in one allocation, and its size."""
-    places, end = [], 0
-    for buffer in buffers:
-        places.append(end)
-        end += -(-buffer.bytes // _ALIGNMENT) * _ALIGNMENT
-    return places, end
 
 
 def _taker(places: tuple[int, ...]) -> Callable[[list[int]], tuple[int, ...]]:
