@@ -8,26 +8,23 @@ model, limits, and any number of implementations that are imported only when the
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from operator import index
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from attnbench.choosing import Asked, Chooser, asked_by, choice, constant
 from attnbench.cost import Cost
-from attnbench.errors import UserError, unknown
+from attnbench.errors import unknown
+from attnbench.implementation import EAGER, Implementation, Limits, resolve
 from attnbench.learned import AttentionModule, LearnedAttention, Weights, given, initial
 from attnbench.params import Params, Shape, param
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping
+    from collections.abc import Callable, Hashable, Mapping
 
     from torch import nn
 
@@ -49,114 +46,6 @@ __all__ = [
     "param",
     "resolve",
 ]
-
-EAGER = "eager"
-"""Name of the implementation that every method has: its own reference."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a method or an implementation can run, as data."""
-
-    devices: tuple[str, ...] = ("cpu", "cuda")
-    dtypes: tuple[str, ...] = ("float64", "float32", "bfloat16", "float16")
-    max_dim: int | None = None
-    """largest head dimension"""
-    dim_multiple: int = 1
-    """head dimensions must be multiples of this"""
-    gqa: bool = True
-    """fewer key heads than query heads"""
-    value_dim: bool = True
-    """a head dimension of v other than that of q"""
-    cross: bool = False
-    """a number of keys other than that of queries"""
-    no_causal: str = ""
-    """why there is no causal form; empty where there is one"""
-    no_backward: str = ""
-    """why there is no backward pass; empty where there is one"""
-    no_graph: str = ""
-    """why it cannot be captured in a CUDA graph; empty where it can"""
-    extra: Callable[[Shape, Params, torch.dtype, str], list[str]] | None = None
-    """further reasons"""
-
-    def reasons(
-        self,
-        shape: Shape,
-        dtype: torch.dtype,
-        device: str,
-        params: Params | None = None,
-        *,
-        backward: bool = False,
-        graph: bool = False,
-    ) -> list[str]:
-        """Why such a call is not supported; empty means it is. `device` is a type: `cpu` or `cuda`."""
-        p = params or Params()
-        name = str(dtype).removeprefix("torch.")
-        checks = (
-            (device not in self.devices, f"runs on {' and '.join(self.devices)} only, not on {device}"),
-            (name not in self.dtypes, f"takes {', '.join(self.dtypes)}, not {name}"),
-            (self.max_dim is not None and max(shape.dim, shape.dim_v) > (self.max_dim or 0),
-             f"head dimension {max(shape.dim, shape.dim_v)} exceeds {self.max_dim}"),
-            (bool(shape.dim % self.dim_multiple or shape.dim_v % self.dim_multiple),
-             f"head dimension {shape.dim} is not a multiple of {self.dim_multiple}"),
-            (not self.gqa and shape.kv_heads != shape.heads,
-             f"needs as many key heads as query heads, not {shape.kv_heads} for {shape.heads}"),
-            (not self.value_dim and shape.dim_v != shape.dim, f"needs Dv = D, not {shape.dim_v} and {shape.dim}"),
-            (not self.cross and shape.keys != shape.n, f"needs as many keys as queries, not {shape.keys} for {shape.n}"),
-            (p.causal and bool(self.no_causal), f"no causal form: {self.no_causal}"),
-            (backward and bool(self.no_backward), f"no backward pass: {self.no_backward}"),
-            (graph and bool(self.no_graph), f"no CUDA graph: {self.no_graph}"),
-        )  # fmt: skip
-        found = [reason for fails, reason in checks if fails]
-        return found + (self.extra(shape, p, dtype, device) if self.extra else [])
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to run a method: `target` names a function `(q, k, v, params) -> Tensor`, imported when first run.
-
-    Of a method with learned parameters it is `(q, k, v, params, weights=...)`.
-    """
-
-    name: str
-    target: str
-    """`package.module:function`"""
-    limits: Limits = Limits()
-    requires: tuple[str, ...] = ()
-    """packages that must be importable"""
-    operators: tuple[str, ...] = ()
-    """torch operators (`aten::...` or `library::...`) of which at least one must be dispatched when this runs"""
-    witness: str = ""
-    """`package.module:function` of `(q, k, v, params) -> str`, naming the operator where torch does not dispatch it"""
-    layout: Literal["bhnd", "bnhd"] = "bhnd"
-    """`bnhd`: the function takes and returns `[B, N, H, D]`; inputs are converted before any clock starts"""
-    note: str = ""
-    stages: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
-    """stage of `attnbench.stages` -> parts of the names of the kernels that do it; where several match, the longest counts"""
-
-    def load(self) -> Callable[[Tensor, Tensor, Tensor, Any], Tensor]:
-        """Import the function. Raises `ImportError`."""
-        function: Callable[[Tensor, Tensor, Tensor, Any], Tensor] = resolve(self.target)
-        return function
-
-    def missing(self) -> str:
-        """Why it cannot be imported here; empty when it can."""
-        for package in self.requires:
-            if importlib.util.find_spec(package) is None:
-                return f"package {package.replace('_', '-')} is not installed"
-        try:
-            self.load()
-        except Exception as error:  # a broken optional package may raise anything at import
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'import failed'}"
-        return ""
-
-
-def resolve(target: str) -> Any:
-    """The object that `package.module:name` names. Raises `ImportError`."""
-    module, _, name = target.partition(":")
-    if module not in sys.modules:  # `torch.compile` traces what follows, and no import
-        importlib.import_module(module)
-    return getattr(sys.modules[module], name)
 
 
 @dataclass(frozen=True)
@@ -196,7 +85,7 @@ class Method:
     """`(q, k, v, params) -> FastWeights`, where the method can be written so"""
     no_experts: str = ""
     """why it cannot"""
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
     """limits of the definition itself"""
     implementations: tuple[Implementation, ...] = ()
     """best first"""
@@ -328,11 +217,11 @@ class Method:
 
     def dispatch(self, q: Tensor, k: Tensor, v: Tensor, params: Params, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Run the method with parsed parameters, by the implementation that is best for such tensors."""
-        asked = _asked((q, k, v), weights)
+        asked = asked_by((q, k, v), weights)
         if torch.compiler.is_compiling():  # chosen while it is traced
-            name = _choice(self, params.as_dict(), asked)
+            name = choice(self, params.as_dict(), asked)
         else:
-            name = self._choices.get((params, asked)) or _choice(self, params.as_dict(), asked)
+            name = self._choices.get((params, asked)) or choice(self, params.as_dict(), asked)
             self._choices[params, asked] = name
         return self.run(self.implementation(name), q, k, v, params, weights=weights)
 
@@ -342,18 +231,18 @@ class Method:
         return {}
 
     def chooser(self, params: Params) -> Chooser:
-        """What names the implementation for `_asked`, with parameters that stay: it remembers, and every torch can compile it."""
+        """What names the implementation for a call, with parameters that stay: it remembers, and every torch can compile it."""
         known: dict[Asked, str] = {}
         assert self.eager  # made now, since not every torch can trace how
 
         def choose(asked: Asked) -> str:
-            return known.setdefault(asked, known.get(asked) or _choice(self, params.as_dict(), asked))
+            return known.setdefault(asked, known.get(asked) or choice(self, params.as_dict(), asked))
 
-        return _constant(choose)
+        return constant(choose)
 
     def chosen(self, choose: Chooser, qkv: tuple[Tensor, Tensor, Tensor], params: Params, weights: Weights | None = None) -> Tensor:
         """Run the implementation that `choose`, the `chooser` of these parameters, names."""
-        return self.run(self.implementation(choose(_asked(qkv, weights))), *qkv, params, weights=weights)
+        return self.run(self.implementation(choose(asked_by(qkv, weights))), *qkv, params, weights=weights)
 
     def build(self, shape: Shape, **params: object) -> nn.Module:
         """A module with forward `(q, k, v) -> [B, H, N, Dv]` that owns the method's learned parameters, if it has any."""
@@ -361,33 +250,3 @@ class Method:
         if self.builder:
             return self.builder(shape, p)
         return LearnedAttention(self, shape, p) if self.weights else AttentionModule(self, p)
-
-
-Asked = tuple[tuple[tuple[int, ...], ...], torch.dtype, str, bool]
-"""Sizes of q, k and v, their dtype and type of device, and whether a backward pass follows: all that a choice depends on"""
-Chooser = Callable[[Asked], str]
-Function = TypeVar("Function", bound=Callable[..., str])
-
-
-def _asked(qkv: tuple[Tensor, Tensor, Tensor], weights: Mapping[str, Tensor] | None) -> Asked:
-    backward = torch.is_grad_enabled() and any(x.requires_grad for x in (*qkv, *(weights or {}).values()))
-    return tuple(tuple(index(n) for n in x.shape) for x in qkv), qkv[0].dtype, qkv[0].device.type, backward
-
-
-def _constant(function: Function) -> Function:
-    """What torch.compiler.assume_constant_result does, which would import the compiler, and triton with it."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@_constant
-def _choice(method: Method, values: dict[str, Any], asked: Asked) -> str:
-    """Name of the implementation that runs what is asked. Raises `UserError`."""
-    sizes, dtype, device, backward = asked
-    params, shape = method.params(**values), Shape.of(*(torch.empty(size, device="meta") for size in sizes))
-    if problems := params.problems(shape):
-        raise UserError(f"{method.name}: {'; '.join(problems)}")
-    chosen, why = method.choose(shape, dtype, device, params, backward=backward)
-    if chosen is None:
-        raise UserError("; ".join(why))
-    return chosen.name
