@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import contextmanager, nullcontext
-from itertools import pairwise
+from itertools import combinations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +31,6 @@ MAIN, SIDE, MARK = 7, 8, 0
 CHOICES: dict[tuple[str, ...], int] = {}
 NAMES: dict[int, str] = {}
 SIZES: dict[tuple[int, ...], int] = {}
-POINTERS = {"probe_kernel": 7, "select_kernel": 11, "gate_kernel": 5, "permute_kernel": 7}
-"""how many pointers a kernel takes"""
 FILLING = "probe_grad_kernel"
 """writes dk and dv, which are else zeroed beforehand"""
 
@@ -126,35 +124,55 @@ def logged() -> Iterator[list[Any]]:
 def compare(first: list[Any], again: list[Any], before: list[int], after: list[int], *, one: bool) -> None:
     """Fails where `again` is not `first` but for addresses, of which the caller's are `before` and `after`, unless all are `one`.
 
-    Buffers may lie elsewhere, none over another.
+    Buffers may lie elsewhere, and one over another where all launches that take one come after all that take the other.
     """
     assert all(x[0] == MAIN for x in first)
-    again = in_turn(again, set(after))
+    ancestors = preceding(again)
+    again = in_turn(again)
     assert [x[1:4] for x in first] == [x[1:4] for x in again], "another kernel, grid or number of warps"
-    place, sizes = {} if one else dict(zip(before, after, strict=True)), {}
-    for (*_, mine), (*_, other) in zip(first, again, strict=True):
+    place: dict[int, int] = {} if one else dict(zip(before, after, strict=True))
+    sizes: dict[int, int] = {}
+    uses: dict[int, set[int]] = {x: set(range(len(again))) for x in place}
+    for i, ((*_, mine), (*_, other)) in enumerate(zip(first, again, strict=True)):
         for a, b in zip(mine, other, strict=True):
             if not isinstance(a, tuple):
                 assert (type(a), a) == (type(b), b), f"{b} in place of {a}"
             elif a[1]:  # nothing is read from what holds nothing
                 assert place.setdefault(a[0], address(b)) == address(b), "another buffer"
                 assert (a[0] - address(b)) % 16 == 0, "aligned otherwise"
-                sizes[address(b)] = max(a[1], sizes.get(address(b), 0))
-    spans = sorted(sizes.items())
-    assert all(x + size <= y for (x, size), (y, _) in pairwise(spans)), "buffers overlap"
+                sizes[a[0]] = max(a[1], sizes.get(a[0], 0))
+                uses.setdefault(a[0], set()).add(i)
+    given = set(before)
+    landmarks = {x[4][1][0] for x in first if NAMES[x[1]] == "gate_kernel"}  # read alone
+    for a in uses.keys() - given - landmarks:
+        assert all(i in ancestors[j] for i, j in combinations(sorted(uses[a]), 2)), "a buffer is used on both streams"
+    for a, b in combinations(sorted(sizes, key=lambda x: place[x]), 2):
+        if place[a] + sizes[a] > place[b] and not {a, b} <= given:
+            mine, other = uses[a], uses[b]
+            turns = [all(i in ancestors[j] for i in x for j in y) for x, y in ((mine, other), (other, mine))]
+            assert any(turns), "buffers that are used at the same time overlap"
 
 
-def in_turn(log: list[Any], given: set[int]) -> list[Any]:
-    """The launches of a log. Fails where those side by side share more than the caller's tensors and landmarks, or are not joined."""
+def preceding(log: list[Any]) -> list[set[int]]:
+    """For each launch of a log those that are over when it begins: what its stream did before, and what that has waited for."""
+    known: dict[int, set[int]] = {MAIN: set(), SIDE: set()}
+    found: list[set[int]] = []
+    for x in log:
+        if x[0] == MARK:
+            known[SIDE if x[1] == "fork" else MAIN] |= known[MAIN if x[1] == "fork" else SIDE]
+        else:
+            found.append(set(known[x[0]]))
+            known[x[0]].add(len(found) - 1)
+    return found
+
+
+def in_turn(log: list[Any]) -> list[Any]:
+    """The launches of a log. Fails where a second stream is not used, or not joined."""
     marks = [(i, x[1]) for i, x in enumerate(log) if x[0] == MARK]
     if marks:
         (begun, fork), (done, join) = marks
         assert (fork, join) == ("fork", "join")
-        lanes = {lane: [x for x in log[begun + 1 : done] if x[0] == lane] for lane in (MAIN, SIDE)}
-        assert all(lanes.values()), "nothing runs side by side"
-        main, side = ({address(a) for x in lane for a in x[4][: POINTERS[NAMES[x[1]]]]} for lane in lanes.values())
-        landmarks = {address(x[4][1]) for x in lanes[MAIN] if NAMES[x[1]] == "gate_kernel"}
-        assert main & side <= given | landmarks, "a buffer is used on both streams"
+        assert {x[0] for x in log[begun + 1 : done]} == {MAIN, SIDE}, "nothing runs side by side"
     assert all(x[0] == MAIN for i, x in enumerate(log) if not marks or not begun <= i <= done)
     return [x for x in log if x[0] != MARK]
 
