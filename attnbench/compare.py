@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from attnbench.stats import Floor, Interval
 
-ABSENT = "absent"
-"""Status of a side that has no record of the cell."""
+ABSENT, UNTIMED = "absent", "untimed"
+"""Status of a side that has no record of the cell, or one without a clock."""
 
 _CELL = ("label", "params", "task", "mode", "n", *CONDITIONS)
 
@@ -104,7 +104,7 @@ def fastest(rows: Sequence[dict[str, Any]], again: Sequence[tuple[float, float]]
 
     `again` are A/A pairs of times. Rows of one method, implementation and parameters are one contestant.
     """
-    ranked = sorted((r for r in rows if r["status"] == "ok"), key=lambda r: float(r["time_s"]))
+    ranked = sorted((r for r in rows if frame.timed(r)), key=lambda r: float(r["time_s"]))
     others = [r for r in ranked[1:] if any(r[k] != ranked[0][k] for k in ("method", "implementation", "params"))]
     noise = stats.floor(again, float(ranked[0]["time_s"])) if ranked else None
     slower = [stats.verdict(stats.ratio(ranked[0]["samples_s"], r["samples_s"]), noise) is Verdict.SLOWER for r in others]
@@ -147,12 +147,13 @@ def _compare(a: dict[str, Any] | None, b: dict[str, Any] | None, side_a: _Side, 
     some = a or b
     assert some is not None, "a cell comes from one side at least"
     sides = [(a, side_a), (b, side_b)]
-    measured = [(row, side) for row, side in sides if row and row["status"] == "ok"]
+    measured = [(row, side) for row, side in sides if row and frame.timed(row)]
     near = min((float(row["time_s"]) for row, _ in measured), default=None)
     noise = [f for row, side in measured if (f := stats.floor(side.again.get((row["suite"], row["device"]), ()), near))]
     floor = max(noise, key=lambda f: f.relative) if len(measured) == 2 and noise else None
     ratio = stats.ratio(*(row["samples_s"] for row, _ in measured)) if len(measured) == 2 else None
-    time_a, time_b = (float(row["time_s"]) if row and row["status"] == "ok" else None for row, _ in sides)
+    time_a, time_b = (float(row["time_s"]) if row and frame.timed(row) else None for row, _ in sides)
+    fates = [ABSENT if row is None else UNTIMED if row["status"] == "ok" and not frame.timed(row) else str(row["status"]) for row in (a, b)]
     return Comparison(
         suite=" / ".join(dict.fromkeys(str(row["suite"]) for row, _ in sides if row)),
         device=" / ".join(dict.fromkeys(str(row["device"]) for row, _ in sides if row)),
@@ -161,8 +162,8 @@ def _compare(a: dict[str, Any] | None, b: dict[str, Any] | None, side_a: _Side, 
         mode=str(some["mode"]),
         n=int(some["n"]),
         conditions=", ".join(f"{series.SHORT.get(c, c)}={some[c]}" for c in CONDITIONS),
-        status_a=str(a["status"]) if a else ABSENT,
-        status_b=str(b["status"]) if b else ABSENT,
+        status_a=fates[0],
+        status_b=fates[1],
         time_a_s=time_a,
         time_b_s=time_b,
         ratio=ratio,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnbench import stats
+from attnbench import frame, stats
 from attnbench.metrics import METRICS
 from attnbench.stats import Interval
 
@@ -56,6 +56,8 @@ class Point:
 def point(own: Row | None, base: Row | None, metric: str, again: Sequence[tuple[float, float]], n: int) -> Point | None:
     """The two sides at one length; None where either was not measured."""
     if own is None or base is None or own["status"] != "ok" or base["status"] != "ok":
+        return None
+    if METRICS[metric].of_time is not None and not (frame.timed(own) and frame.timed(base)):
         return None
     if METRICS[metric].of_time is None:
         a, b = (float(row.get(METRICS[metric].column) or math.nan) for row in (base, own))

@@ -80,7 +80,7 @@ def find(attempts: pd.DataFrame) -> list[Drift]:
     """
     if attempts.empty:
         return []
-    measured = attempts[attempts["status"] == "ok"].drop_duplicates([*_CELL, "started"]).sort_values("started", kind="stable")
+    measured = attempts[attempts["time_s"].notna()].drop_duplicates([*_CELL, "started"]).sort_values("started", kind="stable")
     found = [one for _, rows in measured.groupby(["suite", "device"], sort=True) for one in _of(rows)]
     return sorted(found, key=lambda one: -one.apart)
 

@@ -11,6 +11,7 @@ from attnbench import store
 from attnbench.stats import median
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from attnbench.record import Record
@@ -46,6 +47,11 @@ def current(table: pd.DataFrame) -> pd.DataFrame:
     return ranked.drop_duplicates(["suite", "device", "case_id"], keep="last").sort_index().drop(columns="_ok")
 
 
+def timed(row: Mapping[str, Any]) -> bool:
+    """Whether a row of the table was measured with a clock; cells that ran beside others were not."""
+    return bool(row["status"] == "ok" and row["time_s"] == row["time_s"])
+
+
 def _row(record: Record, suite: str, environment: dict[str, Any]) -> dict[str, Any]:
     case = record.case.as_dict()
     ceilings = environment.get("ceilings", {})
@@ -72,6 +78,7 @@ def _row(record: Record, suite: str, environment: dict[str, Any]) -> dict[str, A
         "copy_bytes_per_s": ceilings.get("copy_bytes_per_s"),
         "matmul_flops_per_s": ceilings.get(f"matmul_{case['dtype']}_flops_per_s"),
         **record.metrics,
+        "time_s": float("nan"),
     }
     if record.timing:
         row |= {

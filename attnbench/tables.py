@@ -164,13 +164,15 @@ def _dicts(rows: pd.DataFrame) -> list[dict[str, Any]]:
 
 def _best_dense(rows: pd.DataFrame) -> dict[str, Any] | None:
     """The fastest measured row of a method that computes softmax attention itself."""
-    dense = [r for r in _dicts(rows) if r["status"] == "ok" and series.exact(str(r["method"]))]
+    dense = [r for r in _dicts(rows) if frame.timed(r) and series.exact(str(r["method"]))]
     return min(dense, key=lambda r: float(r["time_s"]), default=None)
 
 
 def _time(row: dict[str, Any] | None, base: dict[str, Any] | None, again: Sequence[tuple[float, float]]) -> str:
     if row is None or row["status"] != "ok":
         return str(row["status"]) if row else NONE
+    if not frame.timed(row):
+        return compare.UNTIMED
     low, middle, high = stats.quartiles(row["samples_s"])
     text = f"{figures(middle * 1e3)} [{figures((high - low) * 1e3, 1)}]"
     if base is None:

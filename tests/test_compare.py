@@ -1,12 +1,13 @@
 """Comparisons of two results, and of two methods in one."""
 
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import synthetic
 
-from attnbench import compare, frame
+from attnbench import compare, figures, frame, tables
 from attnbench.errors import UserError
 from attnbench.stats import Verdict
 
@@ -42,6 +43,19 @@ def test_cells_of_one_side_and_failures_are_listed(tmp_path):
     assert found["Softmax", 512].status_b == compare.ABSENT
     assert (found["Linear", 128].status_a, found["Linear", 128].ratio) == (compare.ABSENT, None)
     assert str(found["Softmax", 256]) == "Softmax, forward, N=256: A ok, B oom"
+
+
+def test_cells_without_clocks_are_neither_faster_nor_slower_and_are_drawn_and_reported(tmp_path):
+    records = [replace(r, timing=None, metrics={"rel_error": 0.1}) for r in sweep("softmax", (1e-3,) * 3)]
+    records += [replace(r, timing=None, metrics={"rel_error": 0.2}) for r in sweep("linear", (1e-3,) * 3)]
+    untimed, timed = load(tmp_path / "a", records), load(tmp_path / "b", sweep("softmax", (1e-3,) * 3))
+    assert {str(c) for c in compare.results(untimed, timed) if c.n == 128 and c.series_a == "Softmax"} == {
+        "Softmax, forward, N=128: A untimed, B ok"
+    }
+    assert compare.fastest(untimed.to_dict("records"), []) is None
+    assert any(compare.UNTIMED in row for table in tables.report(untimed) for row in table.rows)
+    drawn = figures.draw_all(untimed, tmp_path / "figures", suffixes=(".csv",))
+    assert {path.name.split("-")[1] for path in drawn} == {"memory"}
 
 
 def test_the_larger_noise_floor_of_both_sides_counts(tmp_path):

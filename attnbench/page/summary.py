@@ -72,7 +72,7 @@ def _count(items: Sequence[object], noun: str) -> str:
 
 
 def _widest(rows: pd.DataFrame) -> _Field | None:
-    measured = rows[(rows["task"] == "speed") & (rows["status"] == "ok") & (rows["replicate"] == 0)]
+    measured = rows[(rows["task"] == "speed") & rows["time_s"].notna() & (rows["replicate"] == 0)]
     found = []
     for group in series.groups(rows[rows["task"] == "speed"]):
         again = series.pairs(group.rows)
