@@ -14,6 +14,7 @@ import attnbench
 from attnbench.check import gate
 from attnbench.inputs import draw
 from attnbench.kernels.blocks import _operator as launches
+from attnbench.kernels.blocks import _sort as sorting
 from attnbench.kernels.blocks import attend_blocks, attend_regions, route_blocks, supported
 from attnbench.kernels.compress import Selection, attend_compressed
 from attnbench.method import Shape
@@ -170,19 +171,22 @@ def test_adversarial_routing(kind):
     compare(lambda *x: attend_blocks(*x, routes, 30), qkv, seen(routes, 1, 30, False), 32**-0.5)
 
 
-def test_every_pair_is_in_one_run():
-    routes = draw_routes(2, 3, 90, 16, 2, idle=0.3).int()
-    order, start = launches.group(routes, 6)
+@pytest.mark.parametrize(("block", "tile"), [(16, 1024), (1, 32), (90, 32)])
+def test_every_pair_is_in_one_run(monkeypatch, block, tile):
+    monkeypatch.setattr(sorting, "_TILE", tile)
+    routes, blocks = draw_routes(2, 3, 90, block, 2, idle=0.3).int(), -(-90 // block)
+    pairs = routes[0, 0].numel()
+    order, start = sorting.group(routes, blocks)
     for run in (1, 7, 1000):
-        table, edges = launches.items(start, run, 180 // run + 6)
+        table, edges = sorting.items(start, run, pairs // run + blocks)
         for x in range(6):
             found = []
-            for block, first, last in table[x].tolist():
+            for own, first, last in table[x].tolist():
                 assert last - first <= run
-                found += [(block, pair - 180 * x) for pair in order[first:last].tolist()] if last > first else []
+                found += [(own, pair - pairs * x) for pair in order[first:last].tolist()] if last > first else []
             flat = routes.flatten(0, 1)[x].flatten().tolist()
-            assert sorted(found) == sorted((block, pair) for pair, block in enumerate(flat) if block >= 0)
-            assert edges[x].diff().tolist() == [-(-(start[x, e + 1] - start[x, e]).item() // run) for e in range(6)]
+            assert sorted(found) == sorted((own, pair) for pair, own in enumerate(flat) if own >= 0)
+            assert edges[x].diff().tolist() == [-(-(start[x, e + 1] - start[x, e]).item() // run) for e in range(blocks)]
 
 
 def test_strided_inputs_equal_contiguous_ones():
@@ -243,6 +247,7 @@ def test_every_kernel_compiles_for_an_h100(tmp_path):
     assert {name for name, _ in shared} == {
         *("block_route_kernel", "pair_attend_kernel", "merge_kernel", "sum_kernel", "pair_query_gradient_kernel"),
         *("region_attend_kernel", "region_query_gradient_kernel", "key_gradient_kernel", "key_sum_kernel", "delta_kernel"),
+        *("number_kernel", "start_kernel", "item_kernel"),
         *("compressed_attend_kernel", "importance_kernel", "block_select_kernel"),
         *("compressed_query_gradient_kernel", "compressed_key_gradient_kernel"),
     }

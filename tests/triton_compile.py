@@ -10,13 +10,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnbench.kernels import compress
-from attnbench.kernels.blocks import _keys, _pairs, _regions, _route
+from attnbench.kernels.blocks import _keys, _pairs, _regions, _route, _sort
 from attnbench.kernels.blocks._plan import plan, power, region_tile
 
 POINTERS = {
     **dict.fromkeys(("q", "k", "v", "grad", "out", "low", "dq", "dx"), "bf16"),
     **dict.fromkeys(("means", "part", "part_lse", "lse", "delta", "part_k", "part_v", "score"), "fp32"),
-    **dict.fromkeys(("order", "items", "members", "chosen", "routes", "start"), "i32"),
+    **dict.fromkeys(("order", "items", "members", "chosen", "routes", "start", "edges", "table"), "i32"),
+    **dict.fromkeys(("ids", "ordered"), "i16"),
 }
 
 
@@ -51,6 +52,8 @@ def main() -> None:
         jobs += [(_keys.key_gradient_kernel, p.grad_tile, p.grad_warps), (_keys.key_sum_kernel, 0, 4), (_keys.delta_kernel, 0, 4)]
         for kernel, rows, warps in jobs:
             print(kernel.__name__, compiled(kernel, {**common, "T": rows}, warps).metadata.shared)
+    for kernel, size in ((_sort.number_kernel, "BP"), (_sort.start_kernel, "BE"), (_sort.item_kernel, "BE")):
+        print(kernel.__name__, compiled(kernel, {size: 1024}, 4).metadata.shared)
     sizes = {"G": 4, "D": 64, "DV": 64, "BK": 64, "BD": 64, "BDV": 64, "PREC": "tf32", "STRIDE": 16, "LENGTH": 32, "BLOCK": 64,
              "CAUSAL": True, "LOW": True, "K": 16, "KP": 16}  # fmt: skip
     for kernel, rows, blocks, warps in (

@@ -12,6 +12,7 @@ from ._keys import delta_kernel, key_gradient_kernel, key_sum_kernel
 from ._pairs import merge_kernel, pair_attend_kernel, pair_query_gradient_kernel, sum_kernel
 from ._plan import Plan, plan, region_tile
 from ._regions import region_attend_kernel, region_query_gradient_kernel
+from ._sort import group, items
 
 PART_BYTES = 1 << 31
 """bytes that partial outputs or gradients may take: heads are done in several launches where they would take more"""
@@ -55,31 +56,6 @@ class Call(NamedTuple):
                 "BD": p.dim, "BDV": p.dim_v, "PREC": p.prec}  # fmt: skip
 
 
-def group(routes: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
-    """Pairs sorted by route head and block, `[X P]`, and the first pair of each block, `[X, E + 1]`, of `routes: [B, Hr, P / S, S]`.
-
-    Pair `S query + slot` of route head x has the number `x P` more. Pairs without a block come last, in no block.
-    """
-    flat = routes.flatten(0, 1).flatten(1)
-    count = len(flat) * blocks
-    ids = flat + torch.arange(len(flat), device=flat.device, dtype=torch.int32)[:, None] * blocks
-    compact = torch.int16 if count < 1 << 15 else torch.int32  # a radix sort takes as many passes as there are bits
-    ordered, order = ids.masked_fill_(flat < 0, count).flatten().to(compact).sort(stable=True)
-    edges = torch.searchsorted(ordered, torch.arange(count + 1, dtype=compact, device=flat.device), out_int32=True)
-    return order.to(torch.int32), edges.unfold(0, blocks + 1, blocks).contiguous()
-
-
-def items(start: Tensor, run: int, most: int) -> tuple[Tensor, Tensor]:
-    """Blocks cut into runs: `[X, most, 3]` (block, first pair, end), empty beyond the last; `[X, E + 1]` first run of each block."""
-    runs = (start.diff(dim=1) + (run - 1)) // run
-    edges = torch.cat([runs.new_zeros(len(runs), 1), runs.cumsum(1, dtype=torch.int32)], 1)
-    number = torch.arange(most, device=start.device, dtype=torch.int32).expand(len(start), most)
-    block = torch.searchsorted(edges[:, 1:].contiguous(), number.contiguous(), right=True).clamp(max=runs.shape[1] - 1)
-    first = start.gather(1, block) + (number - edges.gather(1, block)) * run
-    last = torch.minimum(first + run, start.gather(1, block + 1))
-    return torch.stack([block.to(torch.int32), first, last], 2).contiguous(), edges
-
-
 def passes(c: Call, dim: int) -> list[tuple[int, int]]:
     """(first head, heads) of each launch whose partial results of `dim` columns fit the budget."""
     total = c.batch * c.heads
@@ -104,7 +80,9 @@ def pair_forward(
     make = torch.zeros if single else torch.empty  # a query without a block is written by the kernel that merges
     out = make(c.batch, c.heads, c.n, c.dim_v, dtype=q.dtype, device=q.device)
     low = torch.zeros_like(out) if c.low and single else torch.empty_like(out) if c.low else out.new_empty(0)
-    lse = torch.full((c.batch, c.heads, c.n), float("inf"), dtype=torch.float32, device=q.device)
+    lse = _empty(q, c.batch, c.heads, c.n)
+    if single:
+        lse.fill_(float("inf"))
     for first, heads in passes(c, c.dim_v):
         part = out.view(-1, c.n, c.dim_v)[first:] if single else _empty(q, heads, pairs, c.dim_v)
         part_lse = lse.view(-1, c.n)[first:] if single else _empty(q, heads, pairs)
