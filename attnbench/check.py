@@ -8,49 +8,25 @@ frequent than in the eager run.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from attnbench.deviation import held, rounding
 from attnbench.method import Implementation, Method, Params, Shape, Weights, resolve
 from attnbench.record import Gate
+from attnbench.sample import output_gradient, sampled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from attnbench.inputs import Inputs
+    from attnbench.sample import Sample
 
-_FACTOR = {"out": 2.0}
-_BY_ROW = ("out", "dq", "dk", "dv")
-"""what has a row a token; the gradient of a learned parameter sums over tokens, and with them over flipped choices"""
-_BACKWARD_FACTOR = 3.0
 _FIT_ELEMENTS = 1 << 26
 """scores of a whole definition that still fit, where it cannot be sampled"""
-_SCORES = 1 << 27
-"""scores of all sampled queries and heads, at most: those of 256 queries in two heads with 262144 keys, 1 GiB in float64"""
-_LEAST_ROWS = 16
-"""queries a head that are compared however many keys there are"""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The part of a call that is compared: one batch element, a few heads, some queries."""
-
-    batch: int
-    heads: Tensor
-    kv_heads: Tensor
-    """the key heads that those heads read"""
-    rows: Tensor | None
-    """positions; None means all"""
-
-    def output(self, out: Tensor) -> Tensor:
-        """`[1, h, R, Dv]` of `[B, H, N, Dv]`."""
-        picked = out[self.batch : self.batch + 1, self.heads]
-        return picked if self.rows is None else picked[:, :, self.rows]
 
 
 def gate(
@@ -73,8 +49,8 @@ def gate(
     inputs = _shortened(method, inputs)
     q, k, v = inputs
     weights = method.initial(Shape.of(*inputs), params, q) if weights is None else weights
-    sample = _sample(method, q, k, rows)
-    grad = _output_gradient(q, v, sample) if backward else None
+    sample = sampled(method, q, k, rows)
+    grad = output_gradient(q, v, sample) if backward else None
     _poison(q, v)
 
     def run(a: Tensor, b: Tensor, c: Tensor, own: Weights) -> Tensor:
@@ -88,22 +64,7 @@ def gate(
     if fallback or (problem := _malformed(got, want, q)):
         reason = fallback or problem
         return Gate(False, {reason: float("inf")}, {reason: 0.0}, q.shape[2], 0, 0, None, operator)
-    epsilon = _epsilon(q, k)
-    errors: dict[str, float] = {}
-    bounds: dict[str, float] = {}
-    for name in want:
-        factor = _FACTOR.get(name, _BACKWARD_FACTOR)
-        by_row = method.selective and name in _BY_ROW
-        mine, theirs = (_errors(x[name], want[name], by_row) for x in (got, eager))
-        for measure, value in mine.items():
-            errors[f"{name} {measure}"] = value
-            bounds[f"{name} {measure}"] = _bound(measure, theirs[measure], factor, epsilon, want[name])
-        if by_row:
-            limit = 10 * bounds[f"{name} p90"]
-            share, allowed = (float((_row_errors(x[name], want[name]) > limit).double().mean()) for x in (got, eager))
-            count = _row_errors(want[name], want[name]).numel()
-            errors[f"{name} far"] = share
-            bounds[f"{name} far"] = 2 * allowed + 3 * (max(allowed, 1 / count) / count) ** 0.5
+    errors, bounds = held(got, eager, want, rounding(q, k), selective=method.selective)
     passed = all(errors[key] <= bounds[key] for key in errors)
     same = all(torch.equal(got[name], again[name]) for name in got) if again else None
     return Gate(
@@ -118,27 +79,6 @@ def _shortened(method: Method, inputs: Inputs) -> Inputs:
     n = int(_FIT_ELEMENTS**0.5)
     a, b, c = (x[:, :, :n].contiguous() for x in inputs)
     return a, b, c
-
-
-def _sample(method: Method, q: Tensor, k: Tensor, rows: int) -> Sample:
-    batch, heads, n = q.shape[:3]
-    whole = method.couples_heads or method.weights is not None
-    picked = torch.arange(heads, device=q.device) if whole else torch.tensor(sorted({0, heads - 1}), device=q.device)
-    read = (picked * k.shape[1] // heads).unique()
-    rows = min(rows, max(_LEAST_ROWS, _SCORES // (len(picked) * k.shape[2])))
-    if n <= rows or not method.takes_rows:
-        return Sample(batch - 1, picked, read, None)
-    inner = 1 + torch.randperm(n - 2, generator=torch.Generator().manual_seed(n))[: rows - 2].sort().values
-    return Sample(batch - 1, picked, read, torch.cat([torch.tensor([0]), inner, torch.tensor([n - 1])]).to(q.device))
-
-
-def _output_gradient(q: Tensor, v: Tensor, sample: Sample) -> Tensor:
-    """A gradient `[B, H, N, Dv]` that is random on the sample and zero elsewhere, so that sampling stays exact."""
-    grad = torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype, device=q.device)
-    rows = torch.arange(q.shape[2], device=q.device) if sample.rows is None else sample.rows
-    values = torch.randn(len(sample.heads), len(rows), v.shape[-1], generator=torch.Generator().manual_seed(1))
-    grad[sample.batch, sample.heads[:, None], rows] = values.to(q)
-    return grad
 
 
 def _poison(q: Tensor, v: Tensor) -> None:
@@ -221,47 +161,3 @@ def _malformed(got: dict[str, Tensor], want: dict[str, Tensor], q: Tensor) -> st
         if not bool(x.isfinite().all()):
             return f"{name} is not finite"
     return ""
-
-
-def _epsilon(q: Tensor, k: Tensor) -> float:
-    """Rounding that any order of the sums may cause: the output's own, and an accumulator's over M + D terms."""
-    accumulator = torch.promote_types(q.dtype, torch.float32)
-    return float(torch.finfo(q.dtype).eps / 2 + torch.finfo(accumulator).eps * (k.shape[2] + q.shape[3]) ** 0.5)
-
-
-def _rms(x: Tensor) -> float:
-    return float(x.double().square().mean().sqrt())
-
-
-def _row_errors(got: Tensor, want: Tensor) -> Tensor:
-    """Error of each row that is not zero on both sides, relative to the root mean square of all such rows."""
-    got, want = got.double(), want.double()
-    norms = want.norm(dim=-1)
-    live = (norms > 0) | (got.norm(dim=-1) > 0)
-    typical = norms[live].square().mean().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
-    errors: Tensor = (got - want).norm(dim=-1)[live] / typical
-    return errors if errors.numel() else norms.new_zeros(1)
-
-
-def _errors(got: Tensor, want: Tensor, selective: bool) -> dict[str, float]:
-    if selective:
-        rows = _row_errors(got, want)
-        return {"p50": _quantile(rows, 0.5), "p90": _quantile(rows, 0.9)}
-    scale = max(_rms(want), torch.finfo(torch.float64).tiny)
-    difference = got.double() - want.double()
-    return {"rms": _rms(difference) / scale, "max": float(difference.abs().max()) / scale}
-
-
-def _quantile(x: Tensor, p: float) -> float:
-    rank = max(1, min(x.numel(), round(p * x.numel())))
-    return float(x.kthvalue(rank).values)
-
-
-def _bound(measure: str, eager: float, factor: float, epsilon: float, want: Tensor) -> float:
-    """`factor` times the eager error, plus epsilon of a typical entry, or of the largest where the maximum is bounded.
-
-    Over n entries the eager error is one draw, and so is the error held against it: their ratio is known to a share of about
-    `1 / sqrt(n)`, three of which are allowed. That is nothing for outputs, but something for the gradient of a bias.
-    """
-    peak = float(want.abs().max()) / max(_rms(want), torch.finfo(torch.float64).tiny) if measure == "max" else 1.0
-    return factor * (1 + 3 / math.sqrt(want.numel())) * eager + epsilon * max(1.0, peak)

@@ -12,6 +12,7 @@ from attnbench import check, inputs, isolate, memory, timing
 from attnbench.errors import UserError
 from attnbench.method import Shape
 from attnbench.protocol import Protocol
+from attnbench.sample import sampled
 
 
 class Scripted(timing.Clock):
@@ -200,7 +201,7 @@ def test_the_gate_holds_sampled_gradients_exactly() -> None:
 )
 def test_the_gate_compares_fewer_queries_where_all_of_them_would_not_fit(name: str, n: int, heads: int, rows: int) -> None:
     x = torch.empty(1, 1, 1, 1).expand(1, 16, n, 64)  # no memory behind it
-    sample = check._sample(attnbench.get(name), x, x, 256)
+    sample = sampled(attnbench.get(name), x, x, 256)
     assert sample.rows is not None
     assert (len(sample.heads), len(sample.rows)) == (heads, rows)
     assert {int(sample.rows[0]), int(sample.rows[-1])} == {0, n - 1}
