@@ -35,13 +35,15 @@ class Facets:
         `kind` is `series`, `baseline` (the best exact method at each length), `exact` (in the caption only) or `cited` (measured
         elsewhere; `ran` says where). `low` and `high` are quartiles where the metric is of time, else the range over seeds. `floor` is
         the A/A noise floor, where the series was measured twice. Points and failures of one series over several seeds count as failed
-        unless every seed is `ok`.
+        unless every seed is `ok`. Captured inputs of one length have no line; the figure `inputs` has them.
         """
         if table.empty:
             return pd.DataFrame()
         series.one_device(table)
         rows = frame.current(table)
         rows = rows[rows["task"] == self.task]
+        if self.by == "profile" and len(rows):
+            rows = rows[~_of_one_length(rows)]
         if rows.empty:
             return pd.DataFrame()
         points = self._points(rows)
@@ -133,6 +135,12 @@ class Facets:
             parts.append(f"Not drawn: exact methods ({', '.join(sorted(exact['series'].unique()))}), at {_span(exact['value'])}.")
         parts.append(failures(drawn[drawn["kind"] == "series"]))
         return " ".join(part for part in parts if part)
+
+
+def _of_one_length(rows: pd.DataFrame) -> pd.Series[bool]:
+    """Whether each row is of inputs from a file that were read at one length alone."""
+    lengths: pd.Series[int] = rows.groupby("profile")["n"].transform("nunique")
+    return rows["profile"].str.startswith("file:") & (lengths == 1)
 
 
 def _span(values: pd.Series[float]) -> str:
