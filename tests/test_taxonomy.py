@@ -13,8 +13,9 @@ import attnbench
 from attnbench import taxonomy
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Method, Params
+from attnbench.observation import LENGTHS
 from attnbench.taxonomy import DIMENSIONS, Construction, Coordinates, Count, Expert, Family, Scaling, Topology
-from attnbench.verify import LENGTHS, verify
+from attnbench.verify import verify
 
 PAPER = {  # the figure's rows of methods that are here, transcribed
     "linear": ("compression", "linear layer", "one shared", "kernelization", "all-to-one"),
