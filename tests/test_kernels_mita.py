@@ -1,5 +1,6 @@
 """The fused MiTA kernels: in Triton's interpreter where there is no GPU, else on the GPU, against float64 autograd."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -10,10 +11,8 @@ import torch
 from triton_support import DEVICE, interpreter, replayed  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from types import SimpleNamespace
-
 from attnbench.kernels.mita import _forward as launches
-from attnbench.kernels.mita import _launch, _layout, mita_attention, supported
+from attnbench.kernels.mita import mita_attention, supported
 from attnbench.kernels.mita._operator import mita_forward
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
@@ -127,24 +126,27 @@ def test_given_landmarks_learn_through_the_shared_expert_alone(shared):
     assert error(dr, torch.autograd.grad(want, r64, torch.ones_like(want))[0]) < 2e-5
 
 
-@pytest.mark.parametrize(("chunk", "group"), [(4, 1), (8, 2), (4, 4), (16, 1)])
-def test_every_level_of_the_selection_is_exact(monkeypatch, chunk, group):
-    import dataclasses
-
+def planned(monkeypatch, **choices):
+    """Plans take these choices."""
     make = launches.plan
-    monkeypatch.setattr(launches, "plan", lambda *args: dataclasses.replace(make(*args), chunk=chunk, group=group))
+    monkeypatch.setattr(launches, "plan", lambda *args: dataclasses.replace(make(*args), **choices))
+
+
+@pytest.mark.parametrize(("chunk", "group", "pairs"), [(4, 1, False), (8, 2, True), (4, 4, False), (16, 1, True)])
+def test_every_level_of_the_selection_is_exact(monkeypatch, chunk, group, pairs):
+    planned(monkeypatch, chunk=chunk, group=group, select_pairs=pairs)
     q, k, v = inputs(n=333, seed=chunk + group)
     _, _, r, _, _, index, *_ = mita_forward(q, k, v, None, 9, 1, True, True, 0.2, 0.1, [0, 1, 333, 1, 2])
     assert torch.equal(index.long(), (r @ k.mT).topk(9, -1).indices.sort(-1).values)
 
 
-def test_programs_that_take_several_segments_give_the_same(monkeypatch):
-    import dataclasses
-
-    make, (q, k, v) = launches.plan, inputs()
-    want = mita_forward(q, k, v, None, 7, 1, True, True, 0.2, 0.1, GRID)[0]
-    monkeypatch.setattr(launches, "plan", lambda *args: dataclasses.replace(make(*args), run=3))
-    assert error(mita_forward(q, k, v, None, 7, 1, True, True, 0.2, 0.1, GRID)[0], want) < TOLERANCE[q.dtype]
+@pytest.mark.parametrize("choices", [{"run": 3}, {"attend_ahead": 1}, {"attend_ahead": 2, "run": 2}], ids=str)
+def test_whatever_attention_reads_first_it_gives_the_same(monkeypatch, choices):
+    q, k, v = inputs(n=200)
+    setting = (7, 1, True, True, 0.2, 0.1, [0, 1, 200, 1, 4])
+    want = mita_forward(q, k, v, None, *setting)[0]
+    planned(monkeypatch, **choices)
+    assert error(mita_forward(q, k, v, None, *setting)[0], want) < TOLERANCE[q.dtype]
 
 
 def test_strided_inputs_equal_contiguous_ones():
@@ -231,72 +233,6 @@ def test_repeated_launches_are_those_of_triton():
     assert counts["plain"] == (6, 15)
     assert counts["three experts"] == (7, 17)
     assert all(forward <= 12 and both <= 25 for forward, both in counts.values())
-
-
-class OnPaper(_launch.Recorder):
-    """Compiles and launches nothing."""
-
-    def run(self, kernel, programs, args, constants):
-        return SimpleNamespace(run=None, function=kernel.__name__, packed_metadata=None)
-
-
-def program(monkeypatch, setting, sms=132):
-    """(what a GPU with `sms` multiprocessors would repeat for a forward pass in bfloat16, bytes of its buffers, of q, k and v together)."""
-    b, h, n, m, k, *grid = setting
-    monkeypatch.setattr(launches, "processors", lambda _: sms)
-    monkeypatch.setattr(_launch, "_KNOWN", True)
-    monkeypatch.setattr(_launch, "_PROGRAMS", {})
-    qkv = [torch.empty(b, h, n, 64, dtype=torch.bfloat16, device="meta") for _ in range(3)]
-    side = int(m**0.5)
-    launch = OnPaper(*qkv)
-    results = launches.first_forward(
-        launch, launches.Setting(k, 1, True, True, 0.125, 1 / 64, (0, *grid[0], side, side) if grid else (0, 1, n, 1, m))
-    )
-    launch.note("key", results, own=1)
-    scratch = [x for x, _ in launch.buffers if not any(x is y for y in results)]
-    return _launch.find("key"), [x.nbytes for x in (*results, *scratch)], sum(x.nbytes for x in qkv)
-
-
-SETTINGS = [(1, 16, n, 64, 64) for n in (4096, 16384, 65536, 1 << 20)] + [(64, 6, 3136, m, m, (56, 56)) for m in (25, 49)]
-
-
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_little_memory_beyond_inputs_and_output(monkeypatch, setting):
-    got, _, qkv = program(monkeypatch, setting)
-    assert got.workspace <= 0.1 * qkv
-    assert got.packed_bytes <= 0.5 * qkv
-
-
-@pytest.mark.parametrize("n", [300, 4096, 65536])
-def test_buffers_that_live_at_the_same_time_lie_apart(monkeypatch, n):
-    got, (room, *sizes), _ = program(monkeypatch, (1, 16, n, 64, 64))
-    output, *buffers = ({i for i, x in enumerate(got.launches) if place in x.places} for place in range(3, 4 + len(got.spare.places)))
-    names = [x.compiled.function for x in got.launches]
-    fork, join = names.index("probe_kernel"), names.index("attend_kernel")
-    assert names[fork:join] == ["probe_kernel", "select_kernel", "gate_kernel", "permute_kernel"]
-
-    def over(a, b):
-        """Whether all of launches `a` are over when any of `b` begins: the two pairs from `fork` to `join` run side by side."""
-        return all(i < j and (i < fork or j >= join or (i - fork) // 2 == (j - fork) // 2) for i in a for j in b)
-
-    spans = [(host, at, at + size, uses) for (host, at), size, uses in zip(got.spare.places, sizes, buffers, strict=True)]
-    assert {host for host, *_ in spans} == {0, -1}
-    for i, (host, at, end, uses) in enumerate(spans):
-        assert end <= (room if host == 0 else got.spare.bytes)
-        assert host < 0 or over(uses, output), "written into the output too late"
-        for other, first, last, others in spans[:i]:
-            assert host != other or end <= first or last <= at or over(uses, others) or over(others, uses)
-
-
-def test_memory_is_shared_only_in_turn():
-    steps = [_layout.Step(*x) for x in ((False, False), (True, False), (False, False), (False, True))]
-    assert [sorted(x) for x in _layout.followers(steps)] == [[1, 2, 3], [3], [3], []]
-    one, side, main, last = (_layout.Piece(100, frozenset(x)) for x in ([0], [0, 1], [2], [3]))
-    # the last may lie over any other, the two streams' not over each other
-    assert _layout.shared([side, main, last], [], steps) == _layout.Layout(((-1, 0), (-1, 256), (-1, 0)), 512)
-    # a host takes what is over before it is written, as far as it has room
-    assert _layout.shared([one, side, main], [_layout.Piece(360, frozenset([3]))], steps) == _layout.Layout(((0, 0), (0, 256), (0, 0)), 0)
-    assert _layout.shared([main], [_layout.Piece(500, frozenset([2]))], steps) == _layout.Layout(((-1, 0),), 256)
 
 
 def test_unsupported_calls_say_why():

@@ -10,18 +10,35 @@ from ._tile import attend_both, attend_to, segment_of
 
 
 @triton.jit
+def pairs_at(p_order, i, last, T: tl.constexpr, ROUTED: tl.constexpr):
+    """Pairs `i .. i + T` of a segment that ends at `last`, and which of them there are."""
+    b_pair = i + tl.arange(0, T)
+    m_q = b_pair < last
+    if ROUTED:
+        b_pair = tl.load(p_order + b_pair, mask=m_q, other=0)
+    return b_pair, m_q
+
+
+@triton.jit
+def queries_of(p_q, b_pair, m_q, stride_qn, N, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
+    """The queries `[T, BD]` of pairs."""
+    return load_rows(p_q, b_pair % N if S > 1 else b_pair, m_q, stride_qn, D, BD)
+
+
+@triton.jit
 def attend_kernel(
     q, k, v, r, value, index, order, segment, out, lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     H, N, SEGMENTS, MOST, scale, shared_scale,
     G: tl.constexpr, M: tl.constexpr, K: tl.constexpr, S: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     LENGTH: tl.constexpr, RUN: tl.constexpr, T: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    SHARED: tl.constexpr, ROUTED: tl.constexpr, PREC: tl.constexpr,
+    SHARED: tl.constexpr, ROUTED: tl.constexpr, AHEAD: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """`out` and the base-2 `lse` of RUN segments, each of pairs of one expert, T at a time.
 
     Where landmarks and keys fit one tile each, landmarks are read once, keys once a segment. With S > 1 outputs are partial, one of S
-    slots, and slot 0 alone reads landmarks.
+    slots, and slot 0 alone reads landmarks. With AHEAD the pairs of a tile are asked for before the tile before it is done, those
+    of the first before the keys; with AHEAD = 2 their queries too.
     """
     RUNS = (SEGMENTS + RUN - 1) // RUN
     i_r, i_bh = tl.program_id(0) % RUNS, tl.program_id(0) // RUNS
@@ -34,7 +51,7 @@ def attend_kernel(
     p_q = q + head_offset(i_bh, H, 1, stride_qb, stride_qh)
     p_k = k + head_offset(i_bh, H, G, stride_kb, stride_kh)
     p_v = v + head_offset(i_bh, H, G, stride_vb, stride_vh)
-    p_r, p_u = r + i_head * M * D, value + i_head * M * DV
+    p_r, p_u, p_order = r + i_head * M * D, value + i_head * M * DV, order + i_head * S * N
     o_m, o_k = tl.arange(0, BM), tl.arange(0, BK)
     m_m, m_k = o_m < M, o_k < K
     if SHARED and ROUTED and M <= BM and K <= BK:
@@ -44,18 +61,26 @@ def attend_kernel(
         if ROUTED:
             i_e, first, last = segment_of(segment, i_head * MOST + i_s)
         p_j = index + (i_head * M + i_e) * K
+        if AHEAD:
+            b_next, m_next = pairs_at(p_order, first, last, T, ROUTED)
+        if AHEAD > 1:
+            b_ahead = queries_of(p_q, b_next, m_next, stride_qn, N, S, D, BD)
         if SHARED and ROUTED and M <= BM and K <= BK:
             # a segment without pairs reads no keys
             m_s = m_k & (first < last)
             b_j = tl.load(p_j + o_k, mask=m_s, other=0)
             b_k, b_v = load_rows(p_k, b_j, m_s, stride_kn, D, BD), load_rows(p_v, b_j, m_s, stride_vn, DV, BDV)
         for i in range(first, last, T):
-            b_pair = i + tl.arange(0, T)
-            m_q = b_pair < last
-            if ROUTED:
-                b_pair = tl.load(order + i_head * S * N + b_pair, mask=m_q, other=0)
+            if AHEAD:
+                b_pair, m_q = b_next, m_next
+                b_next, m_next = pairs_at(p_order, i + T, last, T, ROUTED)
+            else:
+                b_pair, m_q = pairs_at(p_order, i, last, T, ROUTED)
             # [T, BD]
-            b_q = load_rows(p_q, b_pair % N if S > 1 else b_pair, m_q, stride_qn, D, BD)
+            if AHEAD > 1:
+                b_q, b_ahead = b_ahead, queries_of(p_q, b_next, m_next, stride_qn, N, S, D, BD)
+            else:
+                b_q = queries_of(p_q, b_pair, m_q, stride_qn, N, S, D, BD)
             if SHARED and ROUTED and M <= BM and K <= BK:
                 b_max, b_sum, b_acc = attend_both(
                     b_q, b_r, b_u, m_m[None, :] & (b_pair < N)[:, None] if S > 1 else m_m[None, :], shared_scale * LOG2E,
