@@ -1,4 +1,4 @@
-"""Device functions that the MiTA kernels share: the online softmax, the segments of an expert, what a landmark averages, launches that overlap."""
+"""Device functions that the MiTA kernels share: launches that overlap, the online softmax, segments of an expert, bins of landmarks."""
 
 from __future__ import annotations
 
