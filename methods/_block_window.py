@@ -11,7 +11,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from attnbench.eager import expand_heads
 from attnbench.stages import stage
 
-from ._regions import Regions
+from ._constants import constant
+from ._regions import laid_out
 from .block_window import pair_bias
 
 if TYPE_CHECKING:
@@ -40,9 +41,14 @@ def fused(q: Tensor, k: Tensor, v: Tensor, params: BlockWindowParams, weights: M
     from attnbench.kernels.blocks import attend_regions
 
     with stage("permute"):
-        members = Regions.of(params, q.shape[2], q.device).members
-        own = torch.arange(len(members), device=q.device).expand(q.shape[0], -1).unsqueeze(2)
+        members = laid_out(params, q.shape[2], q.device).members
+        own = constant(lambda: _each(q.shape[0], members), q.device, "windows", q.shape[0], len(members))
         return attend_regions(q, k, v, own, members, causal=params.causal)
+
+
+def _each(batch: int, members: Tensor) -> Tensor:
+    """`[B, E, 1]`: each window reads itself."""
+    return torch.arange(len(members), device=members.device, dtype=torch.int32).expand(batch, -1).unsqueeze(2).contiguous()
 
 
 class _Piece(NamedTuple):

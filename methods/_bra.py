@@ -12,7 +12,7 @@ from attnbench.stages import stage
 
 from . import _segments
 from ._chunks import zeros_wide
-from ._regions import Regions
+from ._regions import Regions, laid_out
 from ._varlen import offsets
 from .bra import choose, convolution
 
@@ -48,7 +48,7 @@ def fused(q: Tensor, k: Tensor, v: Tensor, params: BraParams, weights: Mapping[s
     from attnbench.kernels.blocks import attend_regions
 
     with stage("permute"):
-        regions = Regions.of(params, q.shape[2], q.device)
+        regions = laid_out(params, q.shape[2], q.device)
     chosen = choose(q, k, regions, params)
     with stage("permute"):
         out = attend_regions(q, k, v, chosen, regions.members, scale=params.factor(q.shape[1], q.shape[3]))

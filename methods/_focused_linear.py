@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,8 +51,13 @@ class Focused(Kernel):
 
     def __init__(self, scale: Tensor, power: float) -> None:
         self.weights, self.power, self.width = (scale,), power, scale.shape[1]
-        own = wide(scale.detach()).view(-1, 1, 1, scale.shape[1])
-        self.inverse, self.slope = 1 / softplus(own), own.sigmoid()
+        self.scale = wide(scale.detach()).view(-1, 1, 1, scale.shape[1])
+        self.inverse = 1 / softplus(self.scale)
+
+    @cached_property
+    def slope(self) -> Tensor:
+        """What the gradient of the scale multiplies."""
+        return self.scale.sigmoid()
 
     def _scaled(self, x: Tensor) -> Tensor:
         """y, in at least float32."""

@@ -83,6 +83,9 @@ class FusedFocused(Focused):
 class FusedPolarised(Polarised):
     """Powers of both signs at once."""
 
+    rows: tuple[tuple[int, int, int], Tensor, Tensor] | None = None
+    """heads that were asked for last, and their rows"""
+
     def features(self, x: Tensor, part: Part) -> Tensor:
         """One pass."""
         from attnbench.kernels import features
@@ -100,9 +103,12 @@ class FusedPolarised(Polarised):
         return grads[0], grads[1]
 
     def _rows(self, x: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-        """Inverse scales and powers `[b h, D]`."""
-        inverse, power = (y[part.heads, 0, 0].repeat(x.shape[0], 1) for y in (self.inverse, self.power))
-        return inverse, power
+        """Inverse scales and powers `[b h, D]`, the same for queries and keys of the same heads."""
+        which = (x.shape[0], part.heads.start, part.heads.stop)
+        if self.rows is None or self.rows[0] != which:
+            inverse, power = (y[part.heads, 0, 0].repeat(x.shape[0], 1) for y in (self.inverse, self.power))
+            self.rows = which, inverse, power
+        return self.rows[1:]
 
 
 class FusedFavor(Favor):

@@ -12,6 +12,7 @@ that products have anyway, up to a multiple of 8 for tensor cores.
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -80,14 +81,15 @@ def _denominate(total: Tensor, keys: int, kernel: Kernel, out: Tensor) -> None:
     norm = kernel.norm
     torch.add(total, norm.add if norm.mean else norm.add / keys, out=out)
     if norm.least:
-        out.clamp_(min=_least(norm, keys, out))
+        out.clamp_(min=_least(norm, keys, out.dtype))
     if kernel.vanishes:
         out.masked_fill_(total == 0, torch.inf)
 
 
-def _least(norm: Normaliser, keys: int, like: Tensor) -> float:
-    """The bound of denominators over M, in the dtype of `like`."""
-    return float(torch.tensor(norm.least / keys, dtype=like.dtype))
+@lru_cache(maxsize=64)
+def _least(norm: Normaliser, keys: int, dtype: torch.dtype) -> float:
+    """The bound of denominators over M, rounded to `dtype`."""
+    return torch.tensor(norm.least / keys, dtype=dtype).item()
 
 
 def _centred(matrix: Tensor, width: int, kernel: Kernel) -> tuple[Tensor, Tensor]:
@@ -106,7 +108,7 @@ def _rounded(matrix: Tensor, width: int, kernel: Kernel, dtype: torch.dtype) -> 
     """`matrix` in `dtype`: values, z, what z lacks, and z again, which the second part of r multiplies."""
     out, reads = matrix.to(dtype), kernel.reads
     z, second, again = (slice(width + i * reads, width + (i + 1) * reads) for i in range(_COLUMNS))
-    out[..., second] = matrix[..., z] - out[..., z]
+    torch.sub(matrix[..., z], out[..., z], out=out[..., second])
     out[..., again] = out[..., z]
     return out
 
@@ -116,7 +118,8 @@ class _Bidirectional(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, *weights: Tensor) -> Tensor:
         """`q: [B, Hkv, G, N, D]`, `k: [B, Hkv, 1, M, D]`, `v: [B, Hkv, 1, M, Dv]` -> `[B, Hkv, G, N, Dv]`."""
         width, out = v.shape[4], q.new_empty(*q.shape[:4], v.shape[4])
-        reads, totals = kernel.reads, wide(q[:0]).new_empty(*q.shape[:4], kernel.reads)
+        reads = kernel.reads
+        totals = q.new_empty(*q.shape[:4], reads, dtype=torch.promote_types(q.dtype, torch.float32))
         with stage("state"):
             matrix = kernel.spread(_state(k, v, kernel))
             rounded = _rounded(matrix, width, kernel, q.dtype)
@@ -186,7 +189,7 @@ def _completed(r: Tensor, held: Tensor, total: Tensor, norm: Normaliser, keys: i
     At its bound a denominator has no slope: then r is what the mean adds.
     """
     out = torch.addcdiv(r, held, total, value=norm.add if norm.mean else norm.add / keys)
-    return torch.where(total <= _least(norm, keys, total), held, out) if norm.least else out
+    return torch.where(total <= _least(norm, keys, total.dtype), held, out) if norm.least else out
 
 
 def _state_backward(dstate: Tensor, k: Tensor, v: Tensor, *, kernel: Kernel, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from ._constants import constant
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -37,14 +39,20 @@ def compressed(k: Tensor, v: Tensor, params: NsaParams, weights: Mapping[str, Te
 def _means(x: Tensor, params: NsaParams) -> Tensor:
     """Sums of strides, then of as many strides as a block has."""
     dtype, covers = torch.promote_types(x.dtype, torch.float32), params.compress // params.stride
-    first = torch.arange(len(members(x.shape[2], params)), device=x.device) * params.stride
-    steps = len(first) + covers - 1
+    count = len(members(x.shape[2], params))
+    steps = count + covers - 1
     padded = pad(x, (0, 0, 0, max(0, steps * params.stride - x.shape[2])))[:, :, : steps * params.stride]
     strides = padded.unflatten(2, (steps, params.stride)).sum(3, dtype=dtype)
-    total = sum(strides[:, :, n : n + len(first)] for n in range(covers))
+    total = sum(strides[:, :, n : n + count] for n in range(covers))
     assert isinstance(total, Tensor)
-    lengths = (x.shape[2] - first).clamp(max=params.compress)  # made on the device: a copy from the host would end the capture of a graph
-    return (total / lengths[:, None]).to(x.dtype)
+    lengths = constant(lambda: _lengths(x, count, params), x.device, "nsa", x.shape[2], count, params.stride, params.compress)
+    return (total / lengths).to(x.dtype)
+
+
+def _lengths(x: Tensor, count: int, params: NsaParams) -> Tensor:
+    """Tokens of each block `[C, 1]`, made on the device: a copy from the host would end the capture of a graph."""
+    first = torch.arange(count, device=x.device) * params.stride
+    return (x.shape[2] - first).clamp(max=params.compress)[:, None]
 
 
 def _mlp(x: Tensor, name: str, params: NsaParams, weights: Mapping[str, Tensor]) -> Tensor:

@@ -6,6 +6,7 @@ product of queries reads both halves, from a matrix in which the second half's r
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,10 +69,14 @@ class Polarised(Kernel):
         self.weights = (weights["scale"], weights["power"])
         self.values, (heads, dim) = v.shape[3], self.weights[0].shape
         self.width = 2 * dim
-        scale, power = (x.detach().view(heads, 1, 1, dim) for x in self.weights)
-        self.inverse, self.power = 1 / softplus(wide(scale)), exponent(power, params.alpha)
-        share = wide(power).sigmoid()
-        self.slopes = -self.inverse * wide(scale).sigmoid(), params.alpha * share * (1 - share)
+        self.alpha, self.own = params.alpha, [x.detach().view(heads, 1, 1, dim) for x in self.weights]
+        self.inverse, self.power = 1 / softplus(wide(self.own[0])), exponent(self.own[1], self.alpha)
+
+    @cached_property
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """What gradients of scales and powers multiply."""
+        scale, share = wide(self.own[0]), wide(self.own[1]).sigmoid()
+        return -self.inverse * scale.sigmoid(), self.alpha * share * (1 - share)
 
     def features(self, x: Tensor, part: Part) -> Tensor:
         """Powers in float32, rounded once."""

@@ -23,6 +23,8 @@ def outer_sum(a: Tensor, b: Tensor) -> Tensor:
     runs = divisor(a.shape[-2], a.shape[-2] // _SUMMED)
     left, right = (x.reshape(-1, x.shape[-2] // runs, x.shape[-1]) for x in (a, b))
     products = wide_bmm(left.transpose(1, 2), right)
+    if runs == 1:
+        return products.view(*a.shape[:-2], *products.shape[1:])
     return products.view(*a.shape[:-2], runs, *products.shape[1:]).sum(-3)
 
 

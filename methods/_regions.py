@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attnbench.method import param
 
+from ._constants import constant
 from ._grid import GridParams
 
 if TYPE_CHECKING:
@@ -109,6 +110,16 @@ class Regions(NamedTuple):
             return torch.arange(self.members.shape[0], device=self.members.device), self.place
         regions, which = self.owner[rows].unique(return_inverse=True)
         return regions, which * self.width + self.place[rows] % self.width
+
+
+def laid_out(params: RegionParams, n: int, device: torch.device) -> Regions:
+    """`Regions.of`, with members in int32, or what it gave before."""
+
+    def make() -> Regions:
+        regions = Regions.of(params, n, device)
+        return regions._replace(members=regions.members.to(torch.int32).contiguous())
+
+    return constant(make, device, "regions", params.sides(n), params.tile(n))
 
 
 def at(x: Tensor, tokens: Tensor) -> Tensor:

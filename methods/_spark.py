@@ -13,8 +13,9 @@ from attnbench.eager import masked_softmax, wide
 from attnbench.stages import stage
 
 from ._chunks import row_chunks, wide_scores, zeros_wide
+from ._constants import constant
 from ._products import outer_sum
-from .spark import above, deviations, lowered, threshold
+from .spark import Counts, above, counted, lowered, scaled, threshold
 
 if TYPE_CHECKING:
     from .spark import SparkParams
@@ -55,9 +56,8 @@ def _known(q: Tensor, k: Tensor, params: SparkParams) -> Tensor:
         if not params.causal:
             return limits(q[..., :r], k[..., :r], params).squeeze(-1)
         mean, squares = spark_statistics(q, k, r)
-        count = torch.arange(1, q.shape[2] + 1, device=q.device).clamp(max=k.shape[2])
-        known: Tensor = mean + deviations(squares, count, params)
-        return known
+        found: Tensor = mean + _deviations(squares, (q.shape[2], k.shape[2]), params)
+        return found
 
 
 @torch.no_grad()
@@ -73,9 +73,19 @@ def limits(q: Tensor, k: Tensor, params: SparkParams) -> Tensor:
     scatter = outer_sum(centred, centred).unflatten(0, k.shape[:2])
     query = _grouped(wide(q), k.shape[1])
     squares = ((query @ scatter) * query).sum(-1, keepdim=True).clamp(min=0)
-    count = torch.full((), k.shape[2], device=q.device)
-    limit = query @ mean.transpose(-1, -2) + deviations(squares, count, params)
+    limit = query @ mean.transpose(-1, -2) + _deviations(squares, (0, k.shape[2]), params)
     return limit.view(*q.shape[:3], 1)
+
+
+def _deviations(squares: Tensor, sizes: tuple[int, int], params: SparkParams) -> Tensor:
+    """`spark.deviations` of as many causal queries and keys; of bidirectional ones where the former are 0."""
+
+    def make() -> Counts:
+        causal = torch.arange(1, sizes[0] + 1, device=squares.device).clamp(max=sizes[1])
+        count = causal if sizes[0] else torch.full((), sizes[1], device=squares.device)
+        return counted(count, params, squares.dtype)
+
+    return scaled(squares, constant(make, squares.device, "spark", sizes, params, squares.dtype))
 
 
 class _Parts(NamedTuple):

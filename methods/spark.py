@@ -15,7 +15,7 @@ attention where all keys are kept.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -77,9 +77,29 @@ def threshold(scores: Tensor, rows: Tensor, params: SparkParams) -> Tensor:
 
 def deviations(squares: Tensor, count: Tensor, params: SparkParams) -> Tensor:
     """`std Phi^-1(1 - K / n)` for sums of squared deviations over `count` = n keys each; -inf where all keys are kept."""
-    quantile: Tensor = torch.special.ndtri(1 - params.topk / count.double().clamp(min=params.topk + 1)).to(squares.dtype)
-    variance = squares / (count - int(params.unbiased)).clamp(min=1)
-    return (variance.sqrt() * quantile).masked_fill(count <= params.topk, float("-inf"))
+    return scaled(squares, counted(count, params, squares.dtype))
+
+
+class Counts(NamedTuple):
+    """What thresholds take from the numbers of keys."""
+
+    quantile: Tensor
+    """Phi^-1(1 - K / n)"""
+    divisor: Tensor
+    """of sums of squared deviations"""
+    whole: Tensor
+    """whether all keys are kept"""
+
+
+def counted(count: Tensor, params: SparkParams, dtype: torch.dtype) -> Counts:
+    """Of `count` = n keys each."""
+    quantile: Tensor = torch.special.ndtri(1 - params.topk / count.double().clamp(min=params.topk + 1)).to(dtype)
+    return Counts(quantile, (count - int(params.unbiased)).clamp(min=1), count <= params.topk)
+
+
+def scaled(squares: Tensor, counts: Counts) -> Tensor:
+    """Deviations from their sums of squares."""
+    return ((squares / counts.divisor).sqrt() * counts.quantile).masked_fill(counts.whole, float("-inf"))
 
 
 def lowered(limit: Tensor, scores: Tensor) -> Tensor:
