@@ -23,9 +23,11 @@ from attnbench import checkpoint, distributed
 from attnbench.batches import IGNORED
 from attnbench.data import Data
 from attnbench.errors import UserError
+from attnbench.optimizer import optimizer
 from attnbench.race import race
 from attnbench.recipe import Fit, Recipe, Score
 from attnbench.replay import Replayed
+from attnbench.slices import by_slice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -40,11 +42,6 @@ if TYPE_CHECKING:
     Seen = tuple[Tensor, ...]
 
 __all__ = ["Fit", "Recipe", "Score", "Trainer", "race"]
-
-_UNDECAYED = ("places", "class_token", "pos_embed", "cls_token")
-"""parameters that are vectors of places, of our models and of timm's"""
-_SLICES, _RANGES = 16, 8
-"""slices told apart, and ranges that more of them are told by"""
 
 
 @dataclass
@@ -70,7 +67,7 @@ class Trainer:
         self.group = distributed.current()
         self._parallel = self.group.wrap(self.model)
         self.batches = self.data or Data(self.task, self.recipe, self.device)
-        self.optimizer = _optimizer(self.model, self.recipe, self.device)
+        self.optimizer = optimizer(self.model, self.recipe, self.device)
         self.fit, self.loss = Fit(self.recipe.rate), 0.0
         self.total = torch.zeros((), device=self.device)
         self.kept, self._begun = 0, time.perf_counter()
@@ -200,7 +197,7 @@ class Trainer:
         right, used, groups, losses = (x.cpu() for x in seen)
         most = self.task.available(split) or None  # a finite split starts over in the last batch
         hits, slices = right[used].double()[:most], groups[used][:most]
-        return Score(float(hits.mean()), float(losses.double().mean()), _by_slice(hits, slices))
+        return Score(float(hits.mean()), float(losses.double().mean()), by_slice(hits, slices))
 
     def _validate(self) -> None:
         try:
@@ -265,27 +262,6 @@ class Trainer:
         if self.device != "cpu":
             self._count.fill_(self.fit.step)
             torch.cuda.set_rng_state(state["random"]["cuda"])
-
-
-def _by_slice(hits: Tensor, slices: Tensor) -> dict[str, float]:
-    """Accuracy of each slice, or of ranges of slices."""
-    values = slices.unique()
-    if len(values) <= _SLICES:
-        return {str(g): float(hits[slices == g].mean()) for g in values.tolist()}
-    inner = slices.double().quantile(torch.arange(1, _RANGES, dtype=torch.float64) / _RANGES).unique()
-    numbers = torch.bucketize(slices.double(), inner)
-    parts = [numbers == number for number in numbers.unique().tolist()]
-    return {f"{int(slices[part].min())}-{int(slices[part].max())}": float(hits[part].mean()) for part in parts}
-
-
-def _optimizer(model: nn.Module, recipe: Recipe, device: str) -> torch.optim.AdamW:
-    """AdamW that decays matrices alone, not positions; on a GPU its rate is a tensor, which a CUDA graph reads anew in each step."""
-    decays = {name: x.ndim >= 2 and name.rpartition(".")[2] not in _UNDECAYED for name, x in model.named_parameters()}
-    matrices, others = ([x for name, x in model.named_parameters() if decays[name] is wanted] for wanted in (True, False))
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    gpu = device != "cpu"
-    rate = torch.full((), recipe.rate, device=device) if gpu else recipe.rate
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=rate, betas=recipe.betas, fused=gpu, capturable=gpu)
 
 
 def _random(device: str) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from training_support import CLASSES, N, architecture, model, noise, recipe, tas
 from attnbench import checkpoint
 from attnbench.errors import UserError
 from attnbench.nn import TinyTransformer
+from attnbench.slices import by_slice
 from attnbench.tasks.trained import Batch
 from attnbench.train import Recipe, Trainer
 
@@ -184,10 +185,8 @@ def test_accuracy_is_counted_by_slice_and_where_the_mask_is_set() -> None:
 
 
 def test_many_slices_are_told_as_ranges() -> None:
-    from attnbench.train import _by_slice
-
     slices = torch.arange(800)
-    found = _by_slice((slices >= 400).double(), slices)
+    found = by_slice((slices >= 400).double(), slices)
     assert list(found.values()) == [0.0] * 4 + [1.0] * 4
     assert next(iter(found)).startswith("0-")
 
