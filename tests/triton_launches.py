@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import combinations
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LOG: list[tuple[Any, ...]] = []
-"""what reached the driver: stream, choice, grid, packed options, arguments; tensors as (address, bytes)"""
+"""what reached the driver: stream, choice, grid, (options, whether it may begin early), arguments; tensors as (address, bytes)"""
 MAIN, SIDE, MARK = 7, 8, 0
 """streams, and what stands for one where the second is forked or joined"""
 CHOICES: dict[tuple[str, ...], int] = {}
@@ -38,16 +39,19 @@ FILLING = "probe_grad_kernel"
 class Launcher:
     """Stands for Triton's launcher: the object and the function in C."""
 
-    launch_cooperative_grid, launch_pdl, global_scratch_size, profile_scratch_size = False, False, 0, 0
+    launch_cooperative_grid, global_scratch_size, profile_scratch_size = False, 0, 0
+
+    def __init__(self, launch_pdl: bool) -> None:
+        self.launch_pdl = launch_pdl
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: int, *rest: Any) -> None:
         """As Triton calls it."""
-        self.launch(x, y, z, stream, function, False, False, None, None, *rest)
+        self.launch(x, y, z, stream, function, False, self.launch_pdl, None, None, *rest)
 
     def launch(self, *every: Any) -> None:
         """Write a launch down."""
         x, y, z, stream, function, cooperative, dependent, scratch, profile, packed, metadata, enter, leave, *args = every
-        assert (cooperative, dependent, scratch, profile) == (False, False, None, None)
+        assert (cooperative, scratch, profile) == (False, None, None)
         for hook in (enter, leave):
             if hook is not None:
                 hook(metadata)
@@ -55,7 +59,7 @@ class Launcher:
         for place in self.zeroed(NAMES[function]):
             size = SIZES.setdefault((place, function, x), args[place].nbytes if isinstance(args[place], Tensor) else 0)
             assert not any(ctypes.string_at(address(spans[place]), size)), f"{NAMES[function]} is given what is not zero"
-        LOG.append((stream, function, (x, y, z), packed, spans))
+        LOG.append((stream, function, (x, y, z), (packed, dependent), spans))
 
     def zeroed(self, name: str) -> tuple[int, ...]:
         """Places of arguments that must point to zeros."""
@@ -70,7 +74,7 @@ class Choice:
         key = (source.fn.__name__, *(str(x) for x in (source.signature, source.constants, source.attrs, sorted(options.items(), key=str))))
         self.function = CHOICES.setdefault(key, len(CHOICES))
         NAMES[self.function] = source.fn.__name__
-        self.packed_metadata, self.run = (options["num_warps"], 1, 0), Launcher()
+        self.packed_metadata, self.run = (options["num_warps"], 1, 0), Launcher(options["launch_pdl"])
 
     def launch_metadata(self, *_: Any) -> None:
         """Nothing for a profiler."""
@@ -222,6 +226,7 @@ CASES: dict[str, dict[str, Any]] = {
     "experts alone, three": {"call": {"shared": False, "experts_per_query": 3}},
     "another scale": {"call": {"scale": 0.5}},
     "scale of one": {"call": {"scale": 1.0, "shared_scale": 1}},
+    "selection launched early": {"shape": (1, 4, 310, 64), "plan": {"early": True}},
 }
 
 
@@ -236,6 +241,10 @@ def launched(mita: Any, case: dict[str, Any], seed: int, mode: str = "") -> tupl
     """(log of both passes, launches of the forward pass, addresses of the caller's tensors)."""
     qkv, grad = tensors(case, seed)
     options = {"landmarks": 6, "topk": 7, **case.get("call", {})}
+    from attnbench.kernels.mita import _forward
+
+    make = _forward.plan
+    _forward.plan = lambda *args: replace(make(*args), **case.get("plan", {}))
     with logged() as log:
         with Watched() if mode == "watched" else nullcontext(), torch.set_grad_enabled(mode != "forward"):
             out = mita.mita_attention(*qkv, **options)
@@ -243,6 +252,7 @@ def launched(mita: Any, case: dict[str, Any], seed: int, mode: str = "") -> tupl
         if mode != "forward":
             grads = torch.autograd.grad(out, qkv, grad)
             assert [x.shape for x in grads] == [x.shape for x in qkv]
+    _forward.plan = make
     return log, forward, [x.data_ptr() for x in (*qkv, grad)]
 
 
@@ -267,6 +277,7 @@ def main() -> None:
         launched(mita, case, 1)
     for name, (log, forward, pointers) in first.items():
         case = CASES[name]
+        assert [NAMES[x[1]] for x in log if x[3][1]] == (["select_kernel"] if case.get("plan") else []), "what may overlap"
         for mode in ("", "", "forward", "watched", "hook"):
             if mode == "hook":
                 knobs.runtime.launch_enter_hook.add(told.append)

@@ -14,7 +14,8 @@ v once, and writes each gradient once; the gradients of the experts' keys, `K (D
 twice more before they meet. Six launches forward (seven with S > 1), at most twelve backward,
 no synchronisation with the host. Every sum has a fixed order: the same input gives the same output bit for bit. Experts are built on
 a second stream while queries are routed. A call like an earlier one in shapes, strides, dtypes, alignment and options repeats its
-launches, which spares the host most of its time (`_eager.py`).
+launches, which spares the host most of its time (`_eager.py`); then buffers share memory in turn, and lie in the output until it is
+written (`_layout.py`).
 """
 
 from __future__ import annotations
