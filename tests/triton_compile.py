@@ -10,8 +10,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from attnbench.kernels import compress
+from attnbench.kernels._define import power
 from attnbench.kernels.blocks import _keys, _pairs, _regions, _route, _sort
-from attnbench.kernels.blocks._plan import plan, power, region_tile
+from attnbench.kernels.blocks._plan import plan, region_tile
 
 POINTERS = {
     **dict.fromkeys(("q", "k", "v", "grad", "out", "low", "dq", "dx"), "bf16"),

@@ -21,10 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._define import define, on_device, unit_rows
+from ._define import define, on_device, power, unit_rows
 from ._tile import LOG2E, load_rows, store_rows
 from .blocks._keys import delta_kernel
-from .blocks._plan import power
 from .blocks._tile import attend, finish, score_gradient, store_output
 from .topk import keep_top, sortable
 

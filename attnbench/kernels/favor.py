@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._define import on_device
+from ._define import on_device, power
 from ._tile import LOG2E
 
 __all__ = ["MOST_DIM", "features", "features_backward", "largest"]
@@ -137,13 +137,13 @@ def features_backward_kernel(
 def _constants(x: Tensor) -> dict[str, Any]:
     """Tiles of 64 tokens and 64 directions."""
     d, fp32 = x.shape[2], x.dtype == torch.float32
-    return {"D": d, "BD": max(16, triton.next_power_of_2(d)), "BN": 64, "BW": 64, "PREC": "ieee" if fp32 else "tf32", "num_warps": 4}
+    return {"D": d, "BD": max(16, power(d)), "BN": 64, "BW": 64, "PREC": "ieee" if fp32 else "tf32", "num_warps": 4}
 
 
 def largest(x: Tensor, rows: Tensor, count: int) -> Tensor:
     """The largest score of all tokens, `[X]` in float32; `rows: [P, W, D]`, of which `count` are counted."""
     constants = _constants(x)
-    tiles = triton.cdiv(x.shape[1], constants["BN"])
+    tiles = -(-x.shape[1] // constants["BN"])
     out = x.new_empty(x.shape[0], tiles, dtype=torch.float32)
     with on_device(x):
         largest_kernel[(x.shape[0], tiles)](
@@ -157,7 +157,7 @@ def features(x: Tensor, rows: Tensor, count: int, *, scale: float, eps: float, t
     constants = _constants(x)
     out = x.new_empty(*x.shape[:2], rows.shape[1])
     with on_device(x):
-        features_kernel[(x.shape[0], triton.cdiv(x.shape[1], constants["BN"]))](
+        features_kernel[(x.shape[0], -(-x.shape[1] // constants["BN"]))](
             x, rows, x if top is None else top, out, *x.stride()[:2], x.shape[1], count, rows.shape[1], scale, eps, **constants,
             P=rows.shape[0], KEY=key, RELU=relu,
         )  # fmt: skip
@@ -171,7 +171,7 @@ def features_backward(
     """Write `share` times the gradient of x to `out`; `factor` times that of the feature which holds the sum of all is added to each."""
     constants = _constants(x)
     with on_device(x):
-        features_backward_kernel[(x.shape[0], triton.cdiv(x.shape[1], constants["BN"]))](
+        features_backward_kernel[(x.shape[0], -(-x.shape[1] // constants["BN"]))](
             x, rows, phi, grad, out, *x.stride()[:2], *out.stride()[:2], x.shape[1], count, rows.shape[1], scale, factor, share,
             **constants, KEY=key, RELU=relu,
         )  # fmt: skip

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._define import on_device
+from ._define import on_device, power
 from ._tile import LOG2E
 
 __all__ = ["cosine", "cosine_backward", "elu", "elu_backward", "focus", "focus_backward", "powers", "powers_backward"]
@@ -173,14 +173,14 @@ def focus_backward_kernel(
 
 def _sizes(x: Tensor) -> dict[str, int]:
     """Constants of a kernel over tiles of tokens of `x: [X, N, D]`."""
-    wide = max(16, triton.next_power_of_2(x.shape[-1]))
+    wide = max(16, power(x.shape[-1]))
     return {"D": x.shape[-1], "BD": wide, "BN": max(1, _TILE // wide)}
 
 
 def _map(kernel, x: Tensor, grad: Tensor | None, out: Tensor, *values: float) -> Tensor:
     sizes = _sizes(x)
     with on_device(x):
-        kernel[(x.shape[0], triton.cdiv(x.shape[1], sizes["BN"]))](
+        kernel[(x.shape[0], -(-x.shape[1] // sizes["BN"]))](
             x, x if grad is None else grad, out, *x.stride()[:2], *out.stride()[:2], *values, x.shape[1], **sizes, BACK=grad is not None
         )
     return out
@@ -210,7 +210,7 @@ def powers(x: Tensor, inverse: Tensor, power: Tensor) -> Tensor:
     """`[X, N, D]` -> `[X, N, 2 D]`; `inverse` and `power` float32 `[X, D]`, contiguous."""
     out, sizes = x.new_empty(*x.shape[:2], 2 * x.shape[2]), _sizes(x)
     with on_device(x):
-        powers_kernel[(x.shape[0], triton.cdiv(x.shape[1], sizes["BN"]))](x, inverse, power, out, *x.stride()[:2], x.shape[1], **sizes)
+        powers_kernel[(x.shape[0], -(-x.shape[1] // sizes["BN"]))](x, inverse, power, out, *x.stride()[:2], x.shape[1], **sizes)
     return out
 
 
@@ -218,7 +218,7 @@ def powers_backward(grad: Tensor, x: Tensor, inverse: Tensor, power: Tensor, out
     """Write `share` times the gradient of x to `out`; `share` times `sum dy y` and `sum e log |y|`, `[X, D]`."""
     sizes = _sizes(x)
     tiles = max(1, _TOKENS // sizes["BN"])
-    programs = triton.cdiv(x.shape[1], sizes["BN"] * tiles)
+    programs = -(-x.shape[1] // (sizes["BN"] * tiles))
     sums = [x.new_empty(x.shape[0], programs, x.shape[2], dtype=torch.float32) for _ in range(2)]
     with on_device(x):
         powers_backward_kernel[(x.shape[0], programs)](
@@ -229,7 +229,7 @@ def powers_backward(grad: Tensor, x: Tensor, inverse: Tensor, power: Tensor, out
 
 def _all_heads(x: Tensor) -> dict[str, int]:
     """Constants of a kernel over tiles of tokens of all heads of `x: [B, H, N, D]`."""
-    wide = max(16, triton.next_power_of_2(x.shape[1] * x.shape[3]))
+    wide = max(16, power(x.shape[1] * x.shape[3]))
     return {"H": x.shape[1], "D": x.shape[3], "BC": wide, "BN": max(1, _TILE // wide), "num_warps": 8 if wide <= _TILE else 16}
 
 
@@ -237,9 +237,7 @@ def focus(x: Tensor, inverse: Tensor, least: float, power: float) -> Tensor:
     """`[B, H, N, D]` -> `[B, H, N, D]`; `inverse` float32 `[H, D]`, contiguous."""
     out, sizes = x.new_empty(x.shape), _all_heads(x)
     with on_device(x):
-        focus_kernel[(x.shape[0], triton.cdiv(x.shape[2], sizes["BN"]))](
-            x, inverse, out, *x.stride()[:3], x.shape[2], least, power, **sizes
-        )
+        focus_kernel[(x.shape[0], -(-x.shape[2] // sizes["BN"]))](x, inverse, out, *x.stride()[:3], x.shape[2], least, power, **sizes)
     return out
 
 
@@ -247,7 +245,7 @@ def focus_backward(grad: Tensor, x: Tensor, inverse: Tensor, out: Tensor, share:
     """Write `share` times the gradient of x to `out`; `share` times `sum dy y`, `[H, D]`."""
     sizes = _all_heads(x)
     tiles = max(1, _TOKENS // sizes["BN"])
-    programs = triton.cdiv(x.shape[2], sizes["BN"] * tiles)
+    programs = -(-x.shape[2] // (sizes["BN"] * tiles))
     sums = x.new_empty(x.shape[0], programs, *inverse.shape, dtype=torch.float32)
     with on_device(x):
         focus_backward_kernel[(x.shape[0], programs)](

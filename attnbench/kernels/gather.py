@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._define import define, on_device, unit_rows
+from ._define import define, on_device, power, unit_rows
 from ._tile import LOG2E, load_rows
 
 __all__ = ["gather_attention", "supported"]
@@ -136,11 +136,11 @@ def gather_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, scale: floa
 def _sizes(q: Tensor, k: Tensor, v: Tensor, index: Tensor) -> dict[str, Any]:
     """Constants of both kernels; tiles of 64 keys of 64 channels, and fewer where there are fewer or wider ones."""
     d, dv = q.shape[3], v.shape[3]
-    width = triton.next_power_of_2(max(d, dv))
-    keys = min(triton.next_power_of_2(index.shape[3]), max(8, 4096 // width))
+    width = power(max(d, dv))
+    keys = min(power(index.shape[3]), max(8, 4096 // width))
     return {
-        "G": q.shape[1] // k.shape[1], "LISTS": index.shape[1], "D": d, "DV": dv, "BD": triton.next_power_of_2(d),
-        "BDV": triton.next_power_of_2(dv), "BK": keys, "num_warps": 2 if keys * width >= 2048 else 1,
+        "G": q.shape[1] // k.shape[1], "LISTS": index.shape[1], "D": d, "DV": dv, "BD": power(d),
+        "BDV": power(dv), "BK": keys, "num_warps": 2 if keys * width >= 2048 else 1,
     }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._define import define, on_device
+from ._define import define, on_device, power
 
 __all__ = ["mix_rows"]
 
@@ -64,9 +64,9 @@ def mix_rows(v: Tensor, index: Tensor, weights: Tensor) -> Tensor:
 def _launch(v: Tensor, index: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid, sizes and constants of both kernels."""
     (b, h, r, u), d = index.shape, v.shape[3]
-    wide = max(16, triton.next_power_of_2(d))
+    wide = max(16, power(d))
     tile = max(1, _TILE // wide)
-    return (triton.cdiv(r, tile), b * h), {"G": h // v.shape[1], "N": v.shape[2], "R": r, "U": u, "D": d, "BD": wide, "BR": tile}
+    return (-(-r // tile), b * h), {"G": h // v.shape[1], "N": v.shape[2], "R": r, "U": u, "D": d, "BD": wide, "BR": tile}
 
 
 @define("mix_rows")

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._define import define, on_device, unit_rows
+from ._define import define, on_device, power, unit_rows
 from ._tile import LOG2E, load_rows, store_rows
 
 __all__ = ["spark_attention", "spark_statistics", "supported"]
@@ -283,7 +283,7 @@ def spark_attention(
 
 
 def _width(d: int) -> int:
-    return max(16, triton.next_power_of_2(d))
+    return max(16, power(d))
 
 
 def _constants(q: Tensor, k: Tensor, v: Tensor, predictor: int, *, causal: bool, backward: bool) -> dict[str, Any]:

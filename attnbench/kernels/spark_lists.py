@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._define import define, on_device, unit_rows
+from ._define import define, on_device, power, unit_rows
 from ._tile import LOG2E, load_rows
 from .gather import load_row
 from .spark import (
@@ -176,10 +176,10 @@ def spark_listed(
 def _gathers(q: Tensor, k: Tensor, v: Tensor, predictor: int, longest: int) -> dict[str, Any]:
     """Constants of the kernels that gather: tiles of as many keys as make 4096 numbers."""
     r, s, dv = predictor, q.shape[3] - predictor, v.shape[3]
-    br, bs, bdv = (triton.next_power_of_2(x) for x in (r, s, dv))
+    br, bs, bdv = (power(x) for x in (r, s, dv))
     return {
         "G": q.shape[1] // k.shape[1], "R": r, "S": s, "DV": dv, "BR": br, "BS": bs, "BDV": bdv, "L": longest, "TQ": TILE,
-        "BK": min(64, triton.next_power_of_2(longest), max(8, 4096 // max(br + bs, bdv))), "num_warps": 2,
+        "BK": min(64, power(longest), max(8, 4096 // max(br + bs, bdv))), "num_warps": 2,
     }  # fmt: skip
 
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._define import define, on_device, unit_rows
+from ._define import define, on_device, power, unit_rows
 from ._tile import load_rows
 
 __all__ = ["select_indexed", "select_topk", "supported"]
@@ -186,10 +186,6 @@ def topk_select_kernel(
     tl.store(p_list + o_k, tl.full([KP], -1, tl.int32), mask=(o_k >= n_list) & (o_k < K))
 
 
-def _power(x: float) -> int:
-    return triton.next_power_of_2(max(1, int(x)))
-
-
 @lru_cache(maxsize=16)
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -243,8 +239,8 @@ def topk_select(q: Tensor, gate: Tensor, k: Tensor, topk: int, indexer: int, cau
     (b, h, n, d), m = q.shape, k.shape[2]
     heads, groups = (1, 1) if indexer else (h, h // k.shape[1])
     top, fp32 = min(topk, m), q.dtype == torch.float32
-    block, width = 64 if fp32 or d > 64 else 128, max(16, _power(d))
-    chunk, blocks, kept, tile = _chunk(m, top), -(-m // block), _power(top), 64
+    block, width = 64 if fp32 or d > 64 else 128, max(16, power(d))
+    chunk, blocks, kept, tile = _chunk(m, top), -(-m // block), power(top), 64
     int_, float_ = {"dtype": torch.int32, "device": q.device}, {"dtype": torch.float32, "device": q.device}
     index = torch.empty(b, heads, n, top, **int_)
     each = 4 * b * heads * (blocks * (block // chunk + 1) + kept * chunk)
@@ -254,7 +250,7 @@ def topk_select(q: Tensor, gate: Tensor, k: Tensor, topk: int, indexer: int, cau
     stride_q = (q.stride(0), 0, q.stride(1), q.stride(2)) if indexer else (q.stride(0), q.stride(1), 0, q.stride(2))
     tiles, common = rows // tile, {"G": groups, "J": indexer, "D": d, "BD": width, "C": chunk, "BN": block, "CAUSAL": causal}
     splits = min(blocks, max(1, 4 * _processors(q.device) // (b * heads * tiles)))
-    widest = max(_power(blocks), kept * (block // chunk), kept * chunk)
+    widest = max(power(blocks), kept * (block // chunk), kept * chunk)
     with on_device(q):
         for first in range(0, n, rows):
             topk_score_kernel[(b * heads * tiles * splits,)](
@@ -263,7 +259,7 @@ def topk_select(q: Tensor, gate: Tensor, k: Tensor, topk: int, indexer: int, cau
             )  # fmt: skip
             topk_select_kernel[(b * heads * rows,)](
                 q, gate, k, chunk_top, block_top, index, score, *stride_q, *k.stride()[:3], heads, n, m, first, rows, blocks,
-                K=top, KP=kept, BB=_power(blocks), BC=min(32, kept * chunk), **common,
+                K=top, KP=kept, BB=power(blocks), BC=min(32, kept * chunk), **common,
                 num_warps=8 if widest > 4096 else 4 if widest > 1024 else 2,
             )  # fmt: skip
     return index

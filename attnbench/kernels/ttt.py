@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._define import define, on_device
+from ._define import define, on_device, power
 
 __all__ = ["ttt_linear"]
 
@@ -215,9 +215,9 @@ def _sizes(q: Tensor, k: Tensor, factor: Tensor) -> tuple[tuple[int, ...], dict[
     """H, G, N, STEPS, SEGMENTS, and the constants of both kernels."""
     _, h, n, d = q.shape
     b = len(factor)
-    steps = triton.cdiv(n, b)
-    fixed = {"D": d, "BD": max(16, triton.next_power_of_2(d)), "B": b, "BT": max(16, triton.next_power_of_2(b)), "EVERY": EVERY, "EPS": EPS}
-    return (h, h // k.shape[1], n, steps, triton.cdiv(steps, EVERY)), fixed | {"PREC": "tf32" if q.dtype == torch.bfloat16 else "tf32x3"}
+    steps = -(-n // b)
+    fixed = {"D": d, "BD": max(16, power(d)), "B": b, "BT": max(16, power(b)), "EVERY": EVERY, "EPS": EPS}
+    return (h, h // k.shape[1], n, steps, -(-steps // EVERY)), fixed | {"PREC": "tf32" if q.dtype == torch.bfloat16 else "tf32x3"}
 
 
 @define("ttt_forward")

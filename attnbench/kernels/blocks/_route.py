@@ -7,9 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._define import define, on_device, unit_rows
+from .._define import define, on_device, power, unit_rows
 from .._tile import load_rows
-from ._plan import power
 
 LEAST = tl.constexpr(-3e38)
 """a score that is NaN or -inf counts as this: above those of blocks that may not be chosen"""
