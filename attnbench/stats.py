@@ -80,6 +80,8 @@ class Floor(NamedTuple):
         return f"{self.relative:.1%} over {self.pairs} A/A {'pair' if self.pairs == 1 else 'pairs'}"
 
 
+_PACED_S = 2e-3
+"""seconds below which launches pace a call rather than what is launched"""
 MANY_PAIRS = 20
 """From this many A/A pairs on the floor is their 95th percentile; fewer say less, and the floor must allow for it."""
 
@@ -88,13 +90,26 @@ def floor(pairs: Iterable[tuple[float, float]], near: float | None = None) -> Fl
     """Noise floor from `(time, time of the same cell measured again)`: a bound on `max / min - 1` of 19 pairs in 20; None without pairs.
 
     Noise depends on how long a call takes: short ones are paced by the host. With `near`, a time, only the pairs within a factor
-    of 2 of it count, and never fewer than the three of the most similar duration. Of fewer than `MANY_PAIRS` the bound is the largest,
-    or the 95% prediction limit of one more normal log ratio if that is larger: `t(0.975, pairs)` times their root mean square.
+    of 2 of it count, and never fewer than the three of the most similar duration. A host's delays add to a short call whatever its
+    length: below 2 ms the differences of pairs within a factor of 8, where there are three, are a floor as well over `near`, and
+    the higher one counts.
     """
-    ranked = sorted((abs(math.log(math.sqrt(a * b) / near)) if near else 0.0, abs(math.log(a / b))) for a, b in pairs)
-    apart = [difference for i, (distance, difference) in enumerate(ranked) if i < 3 or distance <= math.log(2)]
-    if not apart:
+    pairs = list(pairs)
+    if not pairs:
         return None
+    if near is None:
+        return _bound([abs(math.log(a / b)) for a, b in pairs])
+    ranked = sorted((abs(math.log(math.sqrt(a * b) / near)), a, b) for a, b in pairs)
+    relative = _bound([abs(math.log(a / b)) for i, (far, a, b) in enumerate(ranked) if i < 3 or far <= math.log(2)])
+    added = [math.log1p(abs(a - b) / near) for far, a, b in ranked if far <= math.log(8) and max(near, min(a, b)) < _PACED_S]
+    return max(relative, _bound(added), key=lambda f: f.relative) if len(added) >= 3 else relative
+
+
+def _bound(apart: Sequence[float]) -> Floor:
+    """Of log ratios: their 95% quantile; of fewer than `MANY_PAIRS` the largest, or the 95% prediction limit of one more that is normal.
+
+    That limit is `t(0.975, pairs)` times their root mean square.
+    """
     if len(apart) >= MANY_PAIRS:
         return Floor(math.expm1(float(np.quantile(apart, 0.95))), len(apart))
     spread = math.sqrt(math.fsum(x * x for x in apart) / len(apart))

@@ -16,6 +16,14 @@ settings.register_profile("attnbench", deadline=None, suppress_health_check=[Hea
 settings.load_profile("attnbench")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
     """A small suite in a file of its own."""

@@ -103,9 +103,21 @@ def test_floor_of_many_pairs_is_a_percentile():
 
 def test_floor_near_a_time_asks_cells_of_like_duration():
     pairs = [(1e-4, 1.2e-4), (2e-4, 2.1e-4), (1e-2, 1.01e-2), (1.5e-2, 1.5e-2), (2e-2, 2.04e-2), (1.0, 1.001)]
-    assert stats.floor(pairs, 1.3e-2) == stats.floor(pairs[2:5])
+    assert stats.floor(pairs[:2] + pairs[2:4], 1.3e-2) == stats.floor(pairs[1:4])
     assert stats.floor(pairs, 1e-4) == stats.floor(pairs[:3])
     assert stats.floor(pairs[:1], 1.0) == stats.floor(pairs[:1])
+
+
+def test_floor_of_short_calls_has_what_a_host_adds_to_longer_ones():
+    """Delays of 0.2 ms, seen on calls of 0.6 ms, are 200% of calls of 0.1 ms like which none was delayed."""
+    pairs = [(1e-4, 1.01e-4)] * 3 + [(5e-4, 7e-4), (7e-4, 5e-4), (6e-4, 8e-4)]
+    near = stats.floor(pairs, 1e-4)
+    assert near is not None
+    assert near.relative >= 2.0
+    assert stats.floor(pairs, 1e-2) == stats.floor(pairs[3:])
+    long = stats.floor(pairs + [(1.0, 1.002)] * 3, 1.0)
+    assert long is not None
+    assert long.relative < 0.01
 
 
 @pytest.mark.parametrize("count", [2, 3, 8, 19])
