@@ -14,11 +14,12 @@ so does what is drawn for a batch as a whole: mixing of images, and stochastic d
 from __future__ import annotations
 
 import os
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, distributed, nn
@@ -130,7 +131,23 @@ def end() -> None:
     """In process 0, once its suite is done: let the others end. Nothing where there are none."""
     if size() > 1:
         _tell(None, None)
+        leave()
+
+
+def leave() -> None:
+    """Let go of every group."""
+    global _group  # noqa: PLW0603 (a process is in one group)
+    _group = Group()
+    if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def depart() -> NoReturn:
+    """End this process at once: threads of a group that still hold Python objects abort an interpreter that ends step by step."""
+    leave()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def follow(device: str, plugins: Sequence[Path] = ()) -> None:
@@ -145,11 +162,11 @@ def follow(device: str, plugins: Sequence[Path] = ()) -> None:
             _meet()
             distributed.broadcast_object_list(message)
         except (RuntimeError, ValueError):  # its worker was replaced: meet the next
-            _part()
+            leave()
+            time.sleep(0.1)
             continue
         case, folder = message
         if case is None:
-            distributed.destroy_process_group()
             return
         _work_together(device)
         with suppress(UserError):  # which process 0 meets too, and records
@@ -170,15 +187,6 @@ def _meet() -> None:
     patience = _WORK if first else _WAIT
     store = distributed.TCPStore(*place, size(), is_master=first, timeout=patience)  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=rank(), world_size=size(), timeout=_WAIT)
-
-
-def _part() -> None:
-    """Forget a group that is broken."""
-    global _group  # noqa: PLW0603 (a process is in one group)
-    _group = Group()
-    if distributed.is_initialized():
-        distributed.destroy_process_group()
-    time.sleep(0.1)
 
 
 def _work_together(device: str) -> None:

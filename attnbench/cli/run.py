@@ -86,7 +86,7 @@ def run(
         raise UserError("--concurrent is for one device of this machine, a cluster has one cell on each: leave it out")
     if distributed.rank():
         distributed.follow(pick_device(device), plugin)
-        raise typer.Exit
+        distributed.depart()
     kind, place = _place(chosen, results, device, executor, address, plugin)
     summary = _sweep(
         chosen,
