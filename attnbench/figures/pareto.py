@@ -224,9 +224,14 @@ def _left_out(drawn: pd.DataFrame, timed: pd.DataFrame, accuracy: pd.DataFrame, 
     """Who is missing from the picture, and why."""
     rows = timed[(timed["n"] == n) & (timed["mode"] == "forward") & (timed["replicate"] == 0)]
     rows = rows.assign(series=series.labels(rows)) if len(rows) else rows
-    shown = set(drawn["series"])
-    absent = {name: part for name, part in rows.groupby("series") if name not in shown} if len(rows) else {}
+    # by what was run: a series is called otherwise where others of its method are in the picture
+    shown = set(zip(drawn["label"], drawn["params"], strict=True))
+    missing = [key not in shown for key in zip(rows["label"], rows["params"], strict=True)]
+    absent = dict(list(rows[missing].groupby("series"))) if any(missing) else {}
     failed = [f"{name!s} ({part['status'].iloc[0]})" for name, part in absent.items() if (part["status"] != "ok").any()]
-    unmatched = [str(name) for name, part in absent.items() if (part["status"] == "ok").all()]
+    good = {str(name): part for name, part in absent.items() if (part["status"] == "ok").all()}
+    untimed = [name for name, part in good.items() if part["time_s"].isna().all()]
+    unmatched = [name for name in good if name not in untimed]
     text = f" Failed here: {', '.join(failed)}." if failed else ""
+    text += f" Without a time: {', '.join(untimed)}." if untimed else ""
     return text + (f" Without a fidelity record of the same parameters: {', '.join(unmatched)}." if unmatched and len(accuracy) else "")
