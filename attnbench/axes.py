@@ -69,7 +69,7 @@ def _value(axis: str, item: object, suite: str) -> object:
         if str(item).lower() not in ("true", "false"):
             raise UserError(f"suite {suite}: {axis} = {item!r} must be true or false")
         return str(item).lower() == "true"
-    least = 0 if axis in ("seed", "kv_heads", "dim_v") else 1
+    least = 0 if axis in ("seed", "kv_heads", "dim_v", "short_conv") else 1
     try:
         number = int(str(item))
     except ValueError:

@@ -66,6 +66,8 @@ class Case:
     """`small` averages its tokens; `vit` is a vision transformer with a class token, as DeiT; `timm` is timm's of the same sizes"""
     recipe: str = "small"
     """settings of training that are the same for every method: `small`, or `deit` for images"""
+    short_conv: int = 0
+    """width of the short convolution between embedding and blocks, 0 for none"""
 
     @cached_property
     def case_id(self) -> str:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 TASK = joining.TRAINED
 NONE = "\N{EN DASH}"
 """A cell for which there is no record."""
-_SETTINGS = ("steps", "depth", "rates", "positions", "model", "recipe", "batch")
+_SETTINGS = ("steps", "depth", "rates", "positions", "short_conv", "model", "recipe", "batch")
 _UNSAID = {f.name: f.default for f in fields(Case)}
 """what a record means that leaves a setting out"""
 _COSTS = {"time_s": (1e3, "ms"), "peak_bytes": (2**-20, "MiB")}

@@ -15,6 +15,7 @@ import torch
 import attnbench.nn
 from attnbench.errors import UserError
 from attnbench.nn import Architecture, Block, TinyTransformer, built
+from attnbench.nn._conv import ShortConvolution
 from attnbench.nn.block import DropPath
 
 SIZES = {"vocabulary": 32, "tokens": 16, "dim": 16, "heads": 2, "depth": 3}
@@ -64,9 +65,42 @@ def test_a_bias_of_the_projection_is_asked_for_and_starts_at_zero() -> None:
 
 def test_checkpoints_without_newer_fields_are_of_the_plain_model() -> None:
     own = Architecture(**SIZES)
-    older = {k: v for k, v in own.as_dict().items() if k not in {"qkv_bias", "drop_path", "library"}}
+    older = {k: v for k, v in own.as_dict().items() if k not in {"short_conv", "qkv_bias", "drop_path", "library"}}
     assert own.differences(older) == []
     assert Architecture(**SIZES, drop_path=0.1).differences(older) == ["drop_path = 0.0 there, 0.1 here"]
+
+
+@pytest.mark.parametrize(("grid", "causal"), [(None, False), (None, True), ((3, 5), False)])
+def test_a_short_convolution_sees_neighbours_alone(grid, causal: bool) -> None:
+    layer, x = ShortConvolution(4, 3, grid=grid, causal=causal).double(), torch.randn(2, 15, 4, dtype=torch.float64, requires_grad=True)
+    token = 7
+    layer(x)[:, token].sum().backward()
+    seen = {None: {token - 1, token, token + 1}, (3, 5): {1, 2, 3, 6, 7, 8, 11, 12, 13}}[grid]
+    seen = {token - 2, token - 1, token} if causal else seen
+    assert set(x.grad.abs().sum((0, 2)).nonzero().flatten().tolist()) == seen
+    places, weight = torch.tensor(sorted(seen)), layer.weight[:, 0].flatten(1)
+    torch.testing.assert_close(layer(x)[:, token], (x[:, places] * weight.T).sum(1) + layer.bias)
+
+
+def test_a_short_convolution_is_added_to_the_embedding() -> None:
+    sizes = {"vocabulary": 9, "classes": 9, "tokens": 12, "dim": 16, "per_token": True, "positions": "none", "method": "softmax"}
+    own = TinyTransformer(Architecture(**sizes, short_conv=3, causal=True))
+    plain = TinyTransformer(Architecture(**sizes, causal=True))
+    assert own.parameter_count - plain.parameter_count == 16 * (3 + 1)
+    inputs = torch.randint(9, (2, 12))
+    torch.nn.init.zeros_(own.short_conv.weight)
+    torch.nn.init.zeros_(own.short_conv.bias)
+    plain.load_state_dict({k: v for k, v in own.state_dict().items() if not k.startswith("short_conv.")})
+    torch.testing.assert_close(own(inputs), plain(inputs))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"short_conv": 4}, "set an odd width"), ({"short_conv": 3, "causal": True, "grid": (2, 6)}, "set short_conv = 0")],
+)
+def test_a_short_convolution_that_makes_no_sense_is_one_line(changes: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        TinyTransformer(Architecture(vocabulary=9, tokens=12, dim=16, **changes))
 
 
 def test_a_library_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +112,7 @@ def test_a_library_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) 
         ({"grid": None}, "reads square images"),
         ({"features": 5}, "reads square images"),
         ({"positions": "none"}, "set positions"),
+        ({"short_conv": 3}, "set short_conv to 0"),
     ):
         with pytest.raises(UserError, match=words):
             built(Architecture(**{**sizes, **change}))

@@ -45,6 +45,8 @@ class TimmTransformer(TinyTransformer):
             raise UserError("timm's model reads square images in patches of three colours: train it on the task images")
         if a.positions != "learned":
             raise UserError(f"timm's model learns its positions, it has none that are {a.positions}: set positions to learned")
+        if a.short_conv:
+            raise UserError("timm's model has no short convolution: set short_conv to 0")
         return a.grid[0], patch
 
     @property

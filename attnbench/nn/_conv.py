@@ -1,4 +1,4 @@
-"""The depthwise convolution that many efficient attentions add to their output."""
+"""Depthwise convolutions over tokens: of the values, as many efficient attentions add them to their output, and of the embedding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.functional import pad
+
+from attnbench.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,3 +28,37 @@ class DepthwiseConvolution(nn.Conv2d):
         patches = v.transpose(1, 2).flatten(2)[:, v.shape[2] - count :]
         image = self(patches.transpose(1, 2).unflatten(2, sides))
         return pad(image.flatten(2).transpose(1, 2), (0, 0, v.shape[2] - count, 0))
+
+
+class ShortConvolution(nn.Conv2d):
+    """A convolution of each channel over a token and its neighbours, `[B, N, C]` -> `[B, N, C]`.
+
+    Tokens in a row see `width` of them, around each or, where `causal`, up to it; tokens on a grid see a square of `width`^2. It spares a
+    block the search for neighbours: in Arora et al. 2024, https://arxiv.org/abs/2402.18668, a convolution of width 3 is the first layer of
+    every model that is asked for recall; on images it is the conditional encoding of positions of Chu et al. 2021,
+    https://arxiv.org/abs/2102.10882.
+
+    Args:
+        dim: channels C.
+        width: neighbours along a side, odd unless causal.
+        grid: (height, width) of the tokens, None for a sequence.
+        causal: whether later tokens are out of sight.
+
+    Raises:
+        UserError: for a width that has no middle, or a causal grid.
+    """
+
+    def __init__(self, dim: int, width: int, *, grid: tuple[int, int] | None = None, causal: bool = False) -> None:
+        if causal and grid:
+            raise UserError("a short convolution over a grid sees later tokens: set short_conv = 0, or causal = false")
+        if width % 2 == 0 and not causal:
+            raise UserError(f"short_conv = {width} has no middle: set an odd width, such as 3")
+        super().__init__(dim, dim, (width if grid else 1, width), groups=dim)
+        rows, columns = (width // 2 if grid else 0), width // 2
+        self.grid, self.margins = grid, (width - 1, 0, 0, 0) if causal else (columns, columns, rows, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, N, C]` -> `[B, N, C]`."""
+        image = x.transpose(1, 2).unflatten(2, self.grid or (1, x.shape[1]))
+        out: Tensor = super().forward(pad(image, self.margins))
+        return out.flatten(2).transpose(1, 2)

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from attnbench.errors import UserError
 
 from . import _rotary
+from ._conv import ShortConvolution
 from .block import Block
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Architecture:
     """blocks"""
     positions: Places = "rotary"
     """`rotary` turns queries and keys, along the sequence or over the grid; `learned` adds a vector to each token"""
+    short_conv: int = 0
+    """width of a depthwise convolution over neighbours, on a grid of a square of them, that is added to the embedding; 0 for none"""
     causal: bool = False
     class_token: bool = False
     """classify a token of its own, rather than the mean of all"""
@@ -71,7 +74,7 @@ class Architecture:
         return {k: v for k, v in self.params.items() if k not in {"causal", "prefix"}}
 
 
-_DEFAULTS = {"qkv_bias": False, "drop_path": 0.0, "library": ""}
+_DEFAULTS = {"short_conv": 0, "qkv_bias": False, "drop_path": 0.0, "library": ""}
 """fields that older checkpoints lack"""
 
 
@@ -99,6 +102,7 @@ class TinyTransformer(nn.Module):
         if a.class_token and a.per_token:
             raise UserError("a class token classifies the whole example: leave out class_token, or per_token")
         self.embed: nn.Module = nn.Embedding(a.vocabulary, a.dim) if a.vocabulary else nn.Linear(a.features, a.dim)
+        self.short_conv = ShortConvolution(a.dim, a.short_conv, grid=a.grid, causal=a.causal) if a.short_conv else None
         self.places = nn.Parameter(torch.empty(a.tokens, a.dim)) if a.positions == "learned" else None
         self.class_token = nn.Parameter(torch.empty(1, 1, a.dim)) if a.class_token else None
         rates = [a.drop_path * i / max(1, a.depth - 1) for i in range(a.depth)]
@@ -190,6 +194,8 @@ class TinyTransformer(nn.Module):
     def features(self, inputs: Tensor) -> Tensor:
         """`[B, N, C]` after the last norm, or `[B, 1 + N, C]` with a class token."""
         x: Tensor = self.embed(inputs)
+        if self.short_conv is not None:
+            x = x + self.short_conv(x)
         if self.places is not None:
             x = x + self.places[: x.shape[1]]
         if self.class_token is not None:

@@ -100,6 +100,7 @@ def architecture(case: Case, task: TrainedTask) -> Architecture:
         heads=case.heads,
         depth=case.depth,
         positions=case.positions,  # type: ignore[arg-type]
+        short_conv=case.short_conv,
         causal=bool(params.get("causal", False)),
         per_token=task.per_token,
         class_token=case.model != "small",

@@ -12,6 +12,9 @@ Difficulty, from Zoology: vocabulary 8192, and at N = 256 between 4 and 64 pairs
 often as the others. `group` is the number of pairs. Arora et al. 2023, https://arxiv.org/abs/2312.04927; empty places as in the
 configurations of their figure 2 (`random_non_queries=False`), https://github.com/HazyResearch/zoology.
 
+The suites put a convolution of width 3 in front of the blocks (`short_conv`), as every model of Arora et al. 2024,
+https://arxiv.org/abs/2402.18668, has one as its first layer: values then know their keys, and a method is asked for recall alone.
+
 Departures: numbers of pairs are mixed in training, theirs trains on N/16 pairs alone.
 """
 
