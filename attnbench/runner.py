@@ -12,7 +12,7 @@ from attnbench.case import TRAINED, Case
 from attnbench.energy import ABSENT
 from attnbench.errors import UserError
 from attnbench.record import Record, Status
-from attnbench.tasks.accuracy import DRAWN
+from attnbench.tasks.learning import DRAWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Accuracy as a task of a suite: cases and their ids, records, refusals, swap-in, pruning."""
+"""Accuracy as a task of a suite: cases and their ids, records, refusals, pruning, the suite."""
 
 from __future__ import annotations
 
@@ -6,32 +6,23 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from cli_support import call
-from training_support import architecture, model, task
+from training_support import case, model, task
 
-import attnbench
 from attnbench import store, suite, suite_file
 from attnbench.batches import Prepared
 from attnbench.case import Case
 from attnbench.cell import CellRunner
 from attnbench.cli._options import read_axes, read_budget, read_settings
 from attnbench.errors import UserError
-from attnbench.nn import TinyTransformer
 from attnbench.protocol import Protocol
 from attnbench.record import Record, Status
 from attnbench.tasks import accuracy, routing, trained
 
 RESULTS = Path(__file__).parents[1] / "results"
-TOY = {"task": "accuracy", "data": "mqar", "n": 16, "batch": 4, "heads": 2, "dim": 4, "steps": 4, "depth": 1, "rates": "0.001"}
-
-
-def case(method: str = "softmax", params: dict[str, object] | None = None, **changes: Any) -> Case:
-    values = tuple(sorted(attnbench.get(method).parse(params or {}).as_dict().items()))
-    return Case(**{**TOY, "method": method, "params": values, **changes})
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.rglob(store.RECORDS)), ids=lambda p: "-".join(p.parts[-3:-1]))
@@ -150,46 +141,6 @@ def test_a_case_goes_on_from_the_checkpoints_of_a_killed_run(tmp_path: Path, mon
         again = accuracy.run(made, "cpu", tmp_path)
     assert again.metrics["accuracy"] == whole.metrics["accuracy"]
     assert again.metrics["test_loss"] == whole.metrics["test_loss"]
-
-
-def test_swapping_a_method_for_itself_changes_nothing(tmp_path: Path) -> None:
-    plain = accuracy.run(case(steps=12), "cpu")
-    swapped = accuracy.run(case(steps=12, trained_with="softmax"), "cpu", tmp_path)
-    assert swapped.metrics["test_loss"] == plain.metrics["test_loss"]
-    assert swapped.metrics["accuracy"] == swapped.metrics["accuracy_before"] == plain.metrics["accuracy"]
-
-
-def test_experts_that_hold_every_token_are_softmax_and_few_are_not(tmp_path: Path) -> None:
-    def loss(**params: object) -> float:
-        own = case("mita", {"shared": False, **params}, trained_with="softmax", steps=12)
-        return float(accuracy.run(own, "cpu", tmp_path).metrics["test_loss"])
-
-    plain = accuracy.run(case(steps=12), "cpu").metrics["test_loss"]
-    # the same sums in another order: a few roundings of float32
-    assert loss(landmarks=4, topk=16) == pytest.approx(plain, rel=16 * torch.finfo(torch.float32).eps * 16)
-    assert loss(landmarks=4, topk=1) != pytest.approx(plain, rel=1e-6)
-
-
-def test_swap_ins_train_their_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    accuracy.run(case("topk", {"topk": 4}, trained_with="softmax"), "cpu", tmp_path)
-    assert [p.suffix for p in tmp_path.iterdir()] == [".pt"]
-    monkeypatch.setattr(accuracy, "_train", lambda *_: pytest.fail("the model was trained again"))
-    record = accuracy.run(case("linformer", {"rank": 4}, trained_with="softmax"), "cpu", tmp_path)
-    assert record.status is Status.OK
-    assert "as initialised" in record.training.notes[0]
-    assert [trial.steps for trial in record.training.trials] == [4]
-
-
-def test_the_reverse_swap_drops_what_the_other_method_learned() -> None:
-    learned = TinyTransformer(replace(architecture("linformer"), params={"rank": 4}))
-    target = model(seed=1)
-    assert accuracy.transplant(learned.state_dict(), target) == []
-    assert all(torch.equal(x, learned.state_dict()[name]) for name, x in target.state_dict().items())
-    assert accuracy.transplant(target.state_dict(), learned)
-    with pytest.raises(UserError, match=r"weights are of another model .*give both the same width"):
-        accuracy.transplant(model(dim=32).state_dict(), model())
-    with pytest.raises(UserError, match="weights are of another model"):
-        accuracy.transplant(model(depth=3).state_dict(), model())
 
 
 def test_the_share_of_pruned_tokens_is_a_brute_force_count() -> None:

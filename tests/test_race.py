@@ -9,7 +9,7 @@ import torch
 from training_support import model, noise, recipe, task
 
 from attnbench.race import _next_size, _stop, race
-from attnbench.tasks import accuracy
+from attnbench.tasks import learning
 from attnbench.train import Trainer
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def test_side_by_side_is_one_after_another() -> None:
     assert end < 60, "it ends where the first reaches the target"
     assert {t.fit.step for t in together} == {end}
     assert max(t.fit.reached for t in together) >= 0.9
-    in_turn = accuracy._in_turn(trainer, RATES)
+    in_turn = learning._in_turn(trainer, RATES)
     assert curves(in_turn.fits) == curves([t.fit for t in together])
-    chosen = accuracy._chosen([t.fit for t in together], [t.model.state_dict() for t in together])
+    chosen = learning._chosen([t.fit for t in together], [t.model.state_dict() for t in together])
     assert chosen.best == in_turn.best
     assert chosen.fits[chosen.best].reached == max(fit.reached for fit in chosen.fits)
     assert all(torch.equal(x, in_turn.state[name]) for name, x in chosen.state.items())
@@ -72,7 +72,7 @@ def test_a_rate_that_diverges_leaves_the_others_in_the_race() -> None:
     own[1].step = lambda batch: step(batch) * float("nan" if own[1].fit.step == 5 else 1)
     assert race(own) == 12
     assert [(t.fit.diverged, t.fit.step) for t in own] == [(False, 12), (True, 6)]
-    chosen = accuracy._chosen([t.fit for t in own], [{}, {}])
+    chosen = learning._chosen([t.fit for t in own], [{}, {}])
     assert chosen.best == 0
 
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from training_support import model, noise, recipe, task
+from training_support import case, model, noise, recipe, task
 
 from attnbench import replay
 from attnbench.nn import Architecture, TinyTransformer
 from attnbench.race import race
 from attnbench.replay import WARM, Replayed
-from attnbench.tasks import accuracy, trained
+from attnbench.tasks import accuracy, models, trained
 from attnbench.train import Recipe, Trainer
 
 if TYPE_CHECKING:
@@ -242,10 +242,8 @@ def even(split: Any, index: int, size: int, n: int, seed: int) -> Any:
 
 @gpu
 def test_a_case_on_a_gpu_says_how_it_was_trained(tmp_path: Path) -> None:
-    from test_accuracy import case
-
     record = accuracy.run(case(rates="0.001/0.01", steps=40, n=64, batch=8), "cuda", tmp_path)
     assert record.training.graph
     assert record.training.together == 2
     assert record.metrics["train_tokens_per_s"] > 0
-    assert record.training.recipe["examples"] == accuracy.EXAMPLES
+    assert record.training.recipe["examples"] == models.EXAMPLES

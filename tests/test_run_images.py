@@ -22,7 +22,7 @@ from attnbench.nn import TinyTransformer
 from attnbench.pretrained import open_checkpoint
 from attnbench.recipe import DEIT, Recipe
 from attnbench.record import Record, Status
-from attnbench.tasks import accuracy, images
+from attnbench.tasks import images, models
 from attnbench.train import Trainer
 
 AXES = {"n": 4, "batch": 12, "steps": 4, "depth": 2, "dim": 8, "dtype": "float32"}
@@ -87,7 +87,7 @@ def test_resolutions_are_an_axis_and_presets_are_the_models_of_the_paper() -> No
     for heads, millions in ((3, 5.7), (6, 22.0)):
         case = suite_file.load("images").override({"heads": [str(heads)], "n": ["196"]}, ["softmax"], {}).expand()[0]
         with torch.device("meta"):
-            built = TinyTransformer(accuracy.architecture(case, images.TASK))
+            built = TinyTransformer(models.architecture(case, images.TASK))
         assert built.parameter_count / 1e6 == pytest.approx(millions, abs=0.06)  # Touvron et al. 2021, table 1: 5.7 and 22 million
 
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+import attnbench
+from attnbench.case import Case
 from attnbench.nn import Architecture, TinyTransformer
 from attnbench.tasks.trained import Batch, TrainedTask, sequence
 from attnbench.train import Recipe
@@ -15,6 +17,9 @@ if TYPE_CHECKING:
 
 N, CLASSES = 16, 4
 SMALL: dict[str, dict[str, Any]] = {"softmax": {}, "mita": {"landmarks": 4, "topk": 4}, "agent": {"landmarks": 4}}
+TOY: dict[str, Any] = {
+    "task": "accuracy", "data": "mqar", "n": 16, "batch": 4, "heads": 2, "dim": 4, "steps": 4, "depth": 1, "rates": "0.001",
+}  # fmt: skip
 
 
 def thirty_two(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
@@ -51,3 +56,9 @@ def model(method: str = "softmax", seed: int = 0, **changes: Any) -> TinyTransfo
 
 def recipe(**changes: Any) -> Recipe:
     return Recipe(**{"steps": 12, "rate": 3e-3, "batch": 8, "n": N, "evaluations": 3, **changes})
+
+
+def case(method: str = "softmax", params: dict[str, object] | None = None, **changes: Any) -> Case:
+    """A case that trains for a few steps at toy size."""
+    values = tuple(sorted(attnbench.get(method).parse(params or {}).as_dict().items()))
+    return Case(**{**TOY, "method": method, "params": values, **changes})

@@ -1,0 +1,137 @@
+"""The model of a case learns at all its learning rates, side by side or one after another, and the best is chosen."""
+
+from __future__ import annotations
+
+import gc
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from attnbench.case import rates
+from attnbench.data import Data
+from attnbench.isolate import Progress, report
+from attnbench.race import race
+from attnbench.tasks.models import fresh, recipe, why_eager
+from attnbench.train import Trainer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from attnbench.case import Case
+    from attnbench.recipe import Fit
+    from attnbench.tasks.trained import TrainedTask
+
+DRAWN = "drawn"
+"""folder beside the checkpoints where sets of examples lie that cells share"""
+_TELL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training a case led to."""
+
+    fits: tuple[Fit, ...]
+    best: int | None
+    """number of the fit chosen; None where all diverged"""
+    state: dict[str, Tensor]
+    """weights of it, on the CPU"""
+    together: int = 1
+    """models that trained side by side"""
+
+
+def train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Outcome:
+    """One model a learning rate, up to the evaluation at which the first reaches the target; the best there is kept.
+
+    On a GPU they train side by side, one after another where they do not fit, or on a CPU: that changes speed alone, see `race`.
+    """
+    data = Data(task, recipe(case, 1.0), device, folder / DRAWN if folder else None)
+    tried = rates(case.rates)
+    show = _Report(case.steps, len(tried))
+
+    def trainer(rate: float) -> Trainer:
+        path = folder / case.case_id / f"{rate:g}.pt" if folder else None
+        why = why_eager(case, device)
+        return show.watch(Trainer(fresh(case, task), task, recipe(case, rate), device, path, data=data, why_eager=why))
+
+    if device != "cpu" and len(tried) > 1 and (outcome := _side_by_side(trainer, tried)):
+        return outcome
+    return _in_turn(trainer, tried)
+
+
+def _side_by_side(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> Outcome | None:
+    """All rates at once; None where their memory does not fit."""
+    trainers: list[Trainer] = []
+    try:
+        trainers += [trainer(rate) for rate in tried]
+        race(trainers)
+        return replace(_chosen([t.fit for t in trainers], [_weights(t) for t in trainers]), together=len(tried))
+    except torch.OutOfMemoryError:
+        pass  # only behind it nothing holds what it held
+    trainers.clear()
+    _let_go()
+    return None
+
+
+def _in_turn(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> Outcome:
+    """One rate after another, each as far as the least that any needed to reach the target."""
+    fits, states, end = [], [], None
+    for rate in tried:
+        one = trainer(rate)
+        end = race([one], end)
+        fits.append(one.fit)
+        states.append(_weights(one))
+        del one
+        _let_go()
+    return _chosen([fit.upto(end) if end else fit for fit in fits], states)
+
+
+def _let_go() -> None:
+    """Free models that nothing holds but themselves, and their graphs."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _chosen(fits: Sequence[Fit], states: Sequence[dict[str, Tensor]]) -> Outcome:
+    """The fit with the highest accuracy on the validation split, of several the one with the smallest rate."""
+    sound = [i for i, fit in enumerate(fits) if not fit.diverged]
+    best = max(sound, key=lambda i: fits[i].reached, default=None)
+    return Outcome(tuple(fits), best, {} if best is None else states[best])
+
+
+def _weights(trainer: Trainer) -> dict[str, Tensor]:
+    return {name: x.detach().cpu().clone() for name, x in trainer.model.state_dict().items()}
+
+
+class _Report:
+    """Tells whoever runs this cell how far it is, about once a second."""
+
+    def __init__(self, steps: int, models: int) -> None:
+        self.total = steps * models
+        self.heard: dict[float, tuple[int, int, float, float]] = {}
+        """rate -> steps taken, steps that a checkpoint holds, loss, accuracy; no model, so that those that are done are let go"""
+        self.begun, self.last = 0, 0.0
+        report(Progress(0, self.total, "drawing examples"))
+
+    def watch(self, trainer: Trainer) -> Trainer:
+        """Tell of this model too."""
+        if trainer.recipe.rate not in self.heard:
+            self.begun += trainer.kept
+        trainer.tell = self
+        return trainer
+
+    def __call__(self, trainer: Trainer) -> None:
+        self.heard[trainer.recipe.rate] = trainer.fit.step, trainer.kept, trainer.loss, trainer.fit.reached
+        now = time.perf_counter()
+        if now - self.last < _TELL_S:
+            return
+        self.last = now
+        done, kept = sum(x[0] for x in self.heard.values()), sum(x[1] for x in self.heard.values())
+        best = max(self.heard, key=lambda rate: self.heard[rate][3])
+        text = f"loss {self.heard[best][2]:.3f}, accuracy {self.heard[best][3]:.3f} at rate {best:g}"
+        report(Progress(done, self.total, text, kept=kept, gained=kept > self.begun))

@@ -1,0 +1,96 @@
+"""A model that was trained with one method is evaluated with another in its place."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
+
+from attnbench import checkpoint, distributed
+from attnbench.case import laid, other_method
+from attnbench.recipe import Fit
+from attnbench.record import Record, Status
+from attnbench.tasks import learning
+from attnbench.tasks.judging import judged, training_of
+from attnbench.tasks.learning import Outcome
+from attnbench.tasks.models import architecture, fresh, implementation, reasons, recipe
+from attnbench.train import Trainer
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import Tensor
+
+    from attnbench.case import Case
+    from attnbench.nn import TinyTransformer
+    from attnbench.tasks.trained import TrainedTask
+
+
+def run(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Record:
+    """Train with one method, or take the model that an earlier cell left, and test with another in its place."""
+    origin = base(case)
+    if why := reasons(origin, task, device):
+        return Record(case, Status.UNSUPPORTED, "", reasons=tuple(f"trained with {case.trained_with}: {reason}" for reason in why))
+    outcome, before = _base_model(origin, task, device, folder)
+    if outcome.best is None:
+        reason = f"trained with {case.trained_with}: loss not finite at every learning rate"
+        return Record(case, Status.DIVERGED, "", reasons=(reason,), training=training_of(origin, task, fresh(origin, task), outcome))
+    model = fresh(case, task)
+    lacking = transplant(outcome.state, model)
+    score, training = judged(model, case, task, device, training_of(case, task, model, outcome))
+    notes = (f"not trained, as initialised: {', '.join(lacking[:4])}",) if lacking else ()
+    metrics = {"accuracy": score.accuracy, "accuracy_before": before, "test_loss": score.loss, "parameters": float(training.parameters)}
+    return Record(
+        case,
+        Status.OK,
+        "",
+        implementation(case, device),
+        learned=model.mixing_count,
+        input_hash=training.data_hash,
+        training=replace(training, notes=training.notes + notes),
+        metrics=metrics,
+    )
+
+
+def base(case: Case) -> Case:
+    """The case whose model a swap-in takes over. Raises `UserError` for parameters that make no sense."""
+    method, values = other_method(case.trained_with)
+    plain = replace(case, method=method.name, implementation=method.pinned, trained_with="")
+    told: dict[str, Any] = {"causal": dict(case.params).get("causal", False), **laid(method, plain), **values}
+    return replace(plain, params=tuple(sorted(method.parse(told).as_dict().items())))
+
+
+def _base_model(origin: Case, task: TrainedTask, device: str, folder: Path | None) -> tuple[Outcome, float]:
+    """The trained model that swap-ins share, and its accuracy; written once, read by later cells."""
+    path = folder / f"{origin.case_id}.pt" if folder else None
+    if path and path.exists():
+        found = checkpoint.load(path)
+        checkpoint.hold(path, "architecture", architecture(origin, task).differences(found["architecture"]))
+        fits = tuple(Fit(**fit) for fit in found["fits"])
+        return Outcome(fits, found["best"], found["model"]), float(found["accuracy"])
+    outcome = learning.train(origin, task, device, folder)
+    if outcome.best is None:
+        return outcome, 0.0
+    model = fresh(origin, task)
+    model.load_state_dict(outcome.state)
+    accuracy = Trainer(model, task, recipe(origin, 1.0), device).evaluate("test").accuracy
+    if path and folder and distributed.current().main:
+        form = {"architecture": architecture(origin, task).as_dict(), "model": outcome.state, "best": outcome.best, "accuracy": accuracy}
+        checkpoint.save(path, {**form, "fits": [asdict(fit) for fit in outcome.fits]})
+        shutil.rmtree(folder / origin.case_id, ignore_errors=True)
+    return outcome, accuracy
+
+
+def transplant(state: dict[str, Tensor], model: TinyTransformer) -> list[str]:
+    """Load all that models share, and return the names of what the model's own method learns and the state lacks.
+
+    Learned weights of the method that trained the state are left out. Raises `UserError` where anything else differs.
+    """
+    own, owned = model.state_dict(), ".operator."
+    shared = {name: x for name, x in state.items() if owned not in name}
+    wrong = [name for name, x in own.items() if owned not in name and (name not in shared or shared[name].shape != x.shape)]
+    wrong += [name for name in shared if name not in own]
+    checkpoint.hold_weights(wrong)
+    kept = {name: x for name, x in state.items() if owned in name and name in own and own[name].shape == x.shape}
+    model.load_state_dict({**own, **kept, **shared})
+    return [name for name in own if owned in name and name not in kept]

@@ -1,0 +1,58 @@
+"""Swap-in: a model that was trained with one method is judged with another in its place."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+from training_support import architecture, case, model
+
+from attnbench.errors import UserError
+from attnbench.nn import TinyTransformer
+from attnbench.record import Status
+from attnbench.tasks import accuracy, learning, swapped
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def test_swapping_a_method_for_itself_changes_nothing(tmp_path: Path) -> None:
+    plain = accuracy.run(case(steps=12), "cpu")
+    same = accuracy.run(case(steps=12, trained_with="softmax"), "cpu", tmp_path)
+    assert same.metrics["test_loss"] == plain.metrics["test_loss"]
+    assert same.metrics["accuracy"] == same.metrics["accuracy_before"] == plain.metrics["accuracy"]
+
+
+def test_experts_that_hold_every_token_are_softmax_and_few_are_not(tmp_path: Path) -> None:
+    def loss(**params: object) -> float:
+        own = case("mita", {"shared": False, **params}, trained_with="softmax", steps=12)
+        return float(accuracy.run(own, "cpu", tmp_path).metrics["test_loss"])
+
+    plain = accuracy.run(case(steps=12), "cpu").metrics["test_loss"]
+    # the same sums in another order: a few roundings of float32
+    assert loss(landmarks=4, topk=16) == pytest.approx(plain, rel=16 * torch.finfo(torch.float32).eps * 16)
+    assert loss(landmarks=4, topk=1) != pytest.approx(plain, rel=1e-6)
+
+
+def test_swap_ins_train_their_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracy.run(case("topk", {"topk": 4}, trained_with="softmax"), "cpu", tmp_path)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".pt"]
+    monkeypatch.setattr(learning, "train", lambda *_: pytest.fail("the model was trained again"))
+    record = accuracy.run(case("linformer", {"rank": 4}, trained_with="softmax"), "cpu", tmp_path)
+    assert record.status is Status.OK
+    assert "as initialised" in record.training.notes[0]
+    assert [trial.steps for trial in record.training.trials] == [4]
+
+
+def test_the_reverse_swap_drops_what_the_other_method_learned() -> None:
+    learned = TinyTransformer(replace(architecture("linformer"), params={"rank": 4}))
+    target = model(seed=1)
+    assert swapped.transplant(learned.state_dict(), target) == []
+    assert all(torch.equal(x, learned.state_dict()[name]) for name, x in target.state_dict().items())
+    assert swapped.transplant(target.state_dict(), learned)
+    with pytest.raises(UserError, match=r"weights are of another model .*give both the same width"):
+        swapped.transplant(model(dim=32).state_dict(), model())
+    with pytest.raises(UserError, match="weights are of another model"):
+        swapped.transplant(model(depth=3).state_dict(), model())
