@@ -39,16 +39,20 @@ def save(path: Path, state: dict[str, Any]) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was: free space and run again") from None
 
 
-def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU. Raises `UserError` for a file that is damaged or of another format."""
+def load(path: Path, remedy: str = "delete it to train from the start") -> dict[str, Any]:
+    """What `save` wrote, on the CPU.
+
+    Raises `UserError` for a file that is damaged or of another format; `remedy` says what to do, and as it stands is meant for a run that
+    goes on from a file of its own: whoever opens a file that somebody named must not tell them to delete it.
+    """
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError):
-        raise UserError(f"{path} is no checkpoint, or is damaged: delete it to train from the start") from None
+        raise UserError(f"{path} is no checkpoint, or is damaged: {remedy}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise UserError(f"{path} is no checkpoint of this version: delete it to train from the start")
+        raise UserError(f"{path} is no checkpoint of this version: {remedy}")
     return state
 
 

@@ -80,7 +80,7 @@ def open_checkpoint(path: Path, data: Path | None = None) -> tuple[TinyTransform
     from attnbench.nn import Architecture, built
     from attnbench.tasks import trained
 
-    state = checkpoint.load(path)
+    state = checkpoint.load(path, "give one that this version of attnbench wrote")
     if missing := {"architecture", "model", "task"} - state.keys():
         raise UserError(f"{path} holds no {' and '.join(sorted(missing))}: give a checkpoint that training wrote")
     own = state["architecture"]

@@ -186,6 +186,22 @@ def test_what_is_no_model_is_said_in_one_line(tmp_path, name, files, words):
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (nn.Linear(2, 2), "is no checkpoint, or is damaged: give one that this version of attnbench wrote"),
+        (nn.Linear(2, 2).state_dict(), "is no checkpoint of this version: give one that this version of attnbench wrote"),
+    ],
+)
+@pytest.mark.parametrize("command", [["capture"], ["plot", "--kept"]], ids=lambda x: x[0])
+def test_nobody_is_told_to_delete_a_model_of_their_own(tmp_path, command, own, words):
+    path = tmp_path / "own.pt"
+    torch.save(own, path)
+    result = call(*command, path, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == [f"error: {path} {words}"]
+
+
 @pytest.mark.parametrize("library", ["transformers", "timm"])
 def test_an_absent_library_is_named(monkeypatch, tmp_path, library):
     monkeypatch.setitem(__import__("sys").modules, library, None)

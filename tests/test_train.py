@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import math
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -107,12 +108,19 @@ def test_a_checkpoint_of_something_else_is_refused_in_one_line(tmp_path: Path, o
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn"])
+def saved(state: object) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 torn", saved({"format": 0}), saved([])])
 def test_a_damaged_checkpoint_is_one_line(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "run.pt"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="delete it to train from the start"):
-        checkpoint.load(path)
+    with pytest.raises(UserError, match="delete it to train from the start") as raised:
+        Trainer(model(per_token=True), per_token(), recipe(), path=path)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
