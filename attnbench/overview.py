@@ -16,7 +16,7 @@ from attnbench.errors import UserError
 from attnbench.inputs import draw
 from attnbench.method import Shape
 from attnbench.registry import get
-from attnbench.tables import NONE, figures
+from attnbench.typeset import NONE, figures
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

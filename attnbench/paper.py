@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from attnbench import __version__, bibtex, frame, series, store, tables
 from attnbench.errors import UserError
 from attnbench.joining import TRAINED
-from attnbench.tables import escape
 from attnbench.taxonomy import Coordinates
+from attnbench.typeset import escape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from attnbench.method import Method
-    from attnbench.tables import Table
+    from attnbench.typeset import Table
 
 COLUMNS = 4
 """Lengths in a table where none are asked for: as many as a page is wide."""

@@ -9,7 +9,7 @@ import pytest
 import synthetic
 import torch
 
-from attnbench import figures, frame, health, inputs, metrics, registry, series, suite_file, tables
+from attnbench import figures, frame, health, inputs, metrics, registry, series, suite_file, tables, typeset
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Shape
 from attnbench.protocol import Protocol
@@ -138,10 +138,10 @@ def test_profiles_stand_side_by_side_in_figures_and_table(tmp_path: Path) -> Non
     (report,) = tables.report(table)
     assert report.header[:4] == ("method", "family", "inputs", "N=4096 (ms)")
     lines = {(line[0], line[2]): line[3:] for line in report.rows}
-    assert lines["MiTA", "balanced"][0].endswith(f" 1{tables.TIMES}")
+    assert lines["MiTA", "balanced"][0].endswith(f" 1{typeset.TIMES}")
     assert "0.33" in lines["MiTA", "adversarial"][0]
     assert lines["MiTA", "adversarial"][1:] == ("0", "1.0", "0.25", "0.50", "0.75")
-    assert set(lines["Softmax", "balanced"][1:]) == {tables.NONE}
+    assert set(lines["Softmax", "balanced"][1:]) == {typeset.NONE}
 
 
 def test_every_measure_is_a_metric() -> None:

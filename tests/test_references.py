@@ -9,7 +9,7 @@ import pytest
 import synthetic
 
 import attnbench
-from attnbench import frame, references, registry, tables
+from attnbench import frame, references, registry, tables, typeset
 from attnbench.errors import UserError
 from attnbench.figures import _style, latency, memory, throughput
 from attnbench.suite_file import load as suite
@@ -120,7 +120,7 @@ def test_the_report_lists_them_below_with_their_ratio_to_ours(tmp_path):
     (note,) = forward.notes
     ours = {int(h[2:].split()[0]): cell.split()[0] for h, cell in zip(forward.header, forward.rows[1], strict=True) if h.startswith("N=")}
     for n, ms in ((4096, 1.9), (16384, 2.5)):
-        assert f"{ms} ms ({tables.figures(ms / float(ours[n]))}{tables.TIMES} ours) at N={n}" in note
+        assert f"{ms} ms ({typeset.figures(ms / float(ours[n]))}{typeset.TIMES} ours) at N={n}" in note
     assert "65536" not in note, "a length that the table lacks"
     assert note.startswith("Cited, not measured here. MiTA (authors), landmarks=topk=64: 1.9 ms")
     assert note.endswith("measured separately from this repository's records, not in the same run.")

@@ -5,8 +5,8 @@ import re
 import pytest
 import synthetic
 
-from attnbench import frame, tables
-from attnbench.tables import ABOUT, NONE, TIMES, Table
+from attnbench import frame, tables, typeset
+from attnbench.typeset import ABOUT, NONE, TIMES, Table
 
 SUBSET = (1024, 32768, 262144)
 
@@ -96,9 +96,9 @@ def test_latex_escapes_and_balances():
     ("value", "text"), [(0.05814, "0.0581"), (0.9996, "1.00"), (2110.4, "2110"), (12.34, "12.3"), (0.0, "0"), (99.96, "100")]
 )
 def test_significant_figures(value, text):
-    assert tables.figures(value) == text
+    assert typeset.figures(value) == text
 
 
 def test_unknown_format_is_refused():
     with pytest.raises(ValueError, match="html"):
-        tables.render([], "html")
+        typeset.render([], "html")

@@ -30,7 +30,7 @@ def report(
     ] = None,
 ) -> None:
     """Write the results as tables: a row a method, a column a length, speed-ups over the best dense method, failures in their place."""
-    from attnbench import frame, tables
+    from attnbench import frame, tables, typeset
 
     table, notes = frame.load(results)
     for note in notes:
@@ -40,7 +40,7 @@ def report(
         _write(html, _page(results, table))
         print(html)
         return
-    text = tables.render(tables.report(table, _lengths(lengths)), format_.value)
+    text = typeset.render(tables.report(table, _lengths(lengths)), format_.value)
     if out is None:
         print(text)
     else:

@@ -12,7 +12,7 @@ from html import escape
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Protocol
 
-from attnbench import series, tables
+from attnbench import series, tables, typeset
 from attnbench.page import joined
 from attnbench.page.summary import sentences
 from attnbench.taxonomy import Family
@@ -122,7 +122,7 @@ def _figures(plots: Sequence[Plot]) -> Iterable[str]:
     yield "</section>"
 
 
-def _joined(made: Sequence[tables.Table]) -> Iterable[str]:
+def _joined(made: Sequence[typeset.Table]) -> Iterable[str]:
     """What each method reached in training beside what it costs."""
     if not made:
         return
@@ -146,7 +146,7 @@ def _number(text: str) -> str:
     try:
         return f' class="number" data-v="{float(text.split(maxsplit=1)[0]):.6g}"'
     except (ValueError, IndexError):
-        return ' class="number" data-v=""' if text == tables.NONE else ""
+        return ' class="number" data-v=""' if text == typeset.NONE else ""
 
 
 def _sortable(heads: Iterable[str | joined.Column], lines: Iterable[str], last: str = "") -> Iterable[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnbench import frame, joining, metrics, series, stats, tables
+from attnbench import frame, joining, metrics, series, stats, typeset
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -29,7 +29,7 @@ class Column:
         """As printed: numbers to 3 significant figures."""
         value = self.of(row)
         if value is None or value != value or value == "":  # noqa: PLR0124 (NaN)
-            return tables.NONE
+            return typeset.NONE
         return _short(float(value)) if isinstance(value, float) else str(value)
 
     def key(self, row: Row) -> str:
@@ -39,7 +39,7 @@ class Column:
 
 
 def _short(value: float) -> str:
-    return f"{value:.2e}" if value and abs(value) < 1e-3 else tables.figures(value)
+    return f"{value:.2e}" if value and abs(value) < 1e-3 else typeset.figures(value)
 
 
 def _per(column: str, unit: float) -> Callable[[Row], object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnbench import frame, series, stats, tables
+from attnbench import frame, series, stats, typeset
 from attnbench.stats import Verdict
 
 if TYPE_CHECKING:
@@ -96,11 +96,11 @@ def _fastest(field: _Field) -> str:
     ranked, dense = field.at(top), field.dense(top)
     best = ranked[0]
     near = [row["series"] for row in ranked[1:] if not field.faster(best, row)]
-    text = f"Fastest at N={top} ({field.conditions}) is {best['series']} with {tables.figures(best['time_s'] * 1e3)} ms a call"
+    text = f"Fastest at N={top} ({field.conditions}) is {best['series']} with {typeset.figures(best['time_s'] * 1e3)} ms a call"
     if dense is None:
         text += ", where no exact method was measured"
     elif dense["series"] != best["series"]:
-        ratio = f"{tables.figures(dense['time_s'] / best['time_s'])} times as fast as the best exact method, {dense['series']}"
+        ratio = f"{typeset.figures(dense['time_s'] / best['time_s'])} times as fast as the best exact method, {dense['series']}"
         text += f", {ratio}" if field.faster(best, dense) else f", not separable from the best exact method, {dense['series']}"
     return text + (f"; not separable from it: {', '.join(near)}." if near else ".")
 
@@ -121,7 +121,7 @@ def _least(field: _Field) -> str:
         return "Peak memory was not measured there."
     ranked = sorted(known, key=lambda row: float(row["peak_bytes"]))
     low, high = ranked[0], ranked[-1]
-    sizes = [tables.figures(float(row["peak_bytes"]) / 2**20) for row in (low, high)]
+    sizes = [typeset.figures(float(row["peak_bytes"]) / 2**20) for row in (low, high)]
     same = sum(float(row["peak_bytes"]) == float(low["peak_bytes"]) for row in ranked) - 1
     others = f" (and {same} more)" if same else ""
     return f"Beside its inputs {low['series']}{others} needs least memory there, {sizes[0]} MiB, and {high['series']} most, {sizes[1]} MiB."
