@@ -61,16 +61,19 @@ class Picture:
     """what it shows, in a sentence"""
     rows: pd.DataFrame
     """what it was drawn from"""
+    columns: int = 1
+    """of a page that it is wide"""
 
     def latex(self) -> str:
-        """A `figure` at the width of a column."""
+        """A `figure` at the width of a column, or a `figure*` at that of two."""
         rows = frame.current(self.rows)
         noise = series.noise(rows)
         shown = f"{self.title} {series.describe(rows)}. {series.settings(rows)}" + (f"Noise floor {noise}." if noise else "")
+        kind, width, height = ("figure*", "textwidth", 0.72) if self.columns > 1 else ("figure", "columnwidth", 0.66)
         return "\n".join([
-            r"\begin{figure}", r"  \centering",
-            rf"  \includegraphics[width=\columnwidth,height=0.66\textheight,keepaspectratio]{{figures/{self.name}.pdf}}",
-            rf"  \caption{{{escape(shown.strip())}}}", rf"  \label{{fig:{self.name}}}", r"\end{figure}", "",
+            rf"\begin{{{kind}}}", r"  \centering",
+            rf"  \includegraphics[width=\{width},height={height}\textheight,keepaspectratio]{{figures/{self.name}.pdf}}",
+            rf"  \caption{{{escape(shown.strip())}}}", rf"  \label{{fig:{self.name}}}", rf"\end{{{kind}}}", "",
         ])  # fmt: skip
 
 

@@ -110,6 +110,36 @@ def test_many_series_become_panels_by_family_with_the_best_dense_time(many, few)
     assert (latency.data(few)["kind"] == "series").all()
 
 
+def test_families_of_two_panels_each_stand_side_by_side_on_one_page(many):
+    wide, narrow = latency.build(many, columns=2), latency.build(many, columns=1)
+    assert wide is not None
+    assert narrow is not None
+    assert wide.get_figheight() < 9.0 < narrow.get_figheight()
+    wide.draw_without_rendering()
+    titled = [a for a in wide.axes if (legend := a.get_legend()) and legend.get_title().get_text()]
+    families = [a.get_legend().get_title().get_text() for a in titled]
+    boxes = [a.get_position() for a in titled]
+    assert families[:2] == ["dense softmax", "kernelised"]
+    assert boxes[0].y0 == pytest.approx(boxes[1].y0)
+    assert boxes[0].x1 <= boxes[1].x0
+    assert boxes[2].y1 <= boxes[0].y0
+    for axes in titled:
+        legend, own = axes.get_legend().get_window_extent(), axes.get_window_extent()
+        assert legend.width <= own.width, axes.get_legend().get_title().get_text()
+    labelled = [a for a in axes_with_lines(wide) if a.get_xlabel()]
+    assert len(labelled) == 4, "the last panel of each column names what it runs along"
+
+
+def test_a_figure_too_tall_for_a_column_is_drawn_over_two(many, few):
+    def shape(table):
+        return {one.module.NAME: (one.columns, one.figure.get_figheight() / one.figure.get_figwidth()) for one in figures.drawn(table, 1)}
+
+    assert {columns for columns, _ in shape(few).values()} == {1}
+    crowded = shape(many)
+    assert crowded["latency"][0] == 2
+    assert crowded["latency"][1] < figures.TALL
+
+
 def test_noise_band_covers_the_series_measured_twice(few):
     drawn = latency.data(few)
     assert set(drawn.loc[drawn["floor"].notna(), "label"]) == {"softmax@cudnn"}

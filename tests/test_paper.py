@@ -16,6 +16,7 @@ from cli_support import call
 import attnbench
 from attnbench import bibtex, compare, frame, paper, tables
 from attnbench.errors import UserError
+from attnbench.figures._style import WIDTHS
 from attnbench.method import Citation
 
 if TYPE_CHECKING:
@@ -120,6 +121,13 @@ def test_every_method_has_an_entry_and_no_two_works_share_a_key() -> None:
 # --- the folder ---
 
 
+def _width_pt(path: Path) -> float:
+    """Of a page of a PDF."""
+    found = re.search(rb"/MediaBox \[ ?0 0 ([\d.]+)", path.read_bytes())
+    assert found is not None, path
+    return float(found[1])
+
+
 def test_every_method_of_the_results_is_cited_and_every_citation_has_an_entry(made: Path) -> None:
     cited = set(re.findall(r"\\cite\{(\w+)\}", text(made, "tables/methods.tex")))
     entries = set(re.findall(r"^@\w+\{(\w+),", text(made, "references.bib"), re.MULTILINE))
@@ -144,7 +152,10 @@ def test_figures_are_vectors_and_each_is_in_the_document(made: Path) -> None:
         p.relative_to(made).with_suffix("").as_posix() for folder in ("figures", "tables") for p in made.glob(f"{folder}/*.tex")
     }
     assert {p.stem for p in made.glob("figures/*.tex")} == names
-    assert text(made, "figures/*.tex").count(r"width=\columnwidth") == len(names)
+    for path in made.glob("figures/*.tex"):
+        wide = r"\begin{figure*}" in path.read_text()
+        assert (r"width=\textwidth" if wide else r"width=\columnwidth") in path.read_text()
+        assert wide == (_width_pt(path.with_suffix(".pdf")) > 72 * WIDTHS[1] + 1), path
 
 
 def test_tables_have_few_columns_unless_lengths_are_asked_for(made: Path, results: Path) -> None:

@@ -21,7 +21,7 @@ def paper(
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the folder goes.")] = Path("paper"),
     lengths: Annotated[str, typer.Option(metavar="N,...", help="Columns of tables. Default: four, from shortest to longest.")] = "",
 ) -> None:
-    """Make a folder for a paper: figures at column width, LaTeX tables, captions, BibTeX, provenance; print the paths."""
+    """Make a folder for a paper: figures one or two columns wide, LaTeX tables, captions, BibTeX, provenance; print the paths."""
     from attnbench import frame
     from attnbench import paper as texts
 
@@ -42,13 +42,15 @@ def paper(
 
 def _draw(table: "pd.DataFrame", folder: Path) -> "list[Picture]":
     """Draw what the results allow, and say what each figure shows."""
-    from attnbench.figures import draw_all, modules, parts
+    from attnbench.figures import drawn, write
     from attnbench.paper import Picture
 
-    drawn = {p.stem for p in draw_all(table, folder, columns=1, suffixes=(".pdf", ".csv"))}
-    titles = [(module, " ".join((module.__doc__ or "").split("\n\n")[0].split())) for module in modules().values()]
-    found = [Picture(f"{g.suite}-{m.NAME}-{g.place}", title, g.rows) for m, title in titles for g in parts(m, table)]
-    return [picture for picture in found if picture.name in drawn]
+    found = []
+    for one in drawn(table, columns=1):
+        write(one.figure, one.module.data(one.rows), folder / one.stem, suffixes=(".pdf", ".csv"))
+        title = " ".join((one.module.__doc__ or "").split("\n\n")[0].split())
+        found.append(Picture(one.stem, title, one.rows, one.columns))
+    return found
 
 
 def _write(path: Path, text: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import io
 import pkgutil
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from attnbench import series
 
@@ -52,23 +52,50 @@ SUFFIXES = (".pdf", ".png", ".csv")
 def draw_all(table: pd.DataFrame, folder: Path, columns: int = 2, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
     """Write every figure that the table allows as `<suite>-<figure>-<device>.pdf`, `.png` and `.csv`. Returns the paths.
 
-    Devices and conditions are never pooled: each gets its own figure. Raises `UserError` where nothing can be drawn or written.
+    Devices and conditions are never pooled: each gets its own figure, as wide as `columns` columns of a page or, where it would be
+    `TALL` in one, two. Raises `UserError` where nothing can be drawn or written.
     """
+    return [path for one in drawn(table, columns) for path in write(one.figure, one.module.data(one.rows), folder / one.stem, suffixes)]
+
+
+class Drawn(NamedTuple):
+    """A figure, and what it was drawn from."""
+
+    stem: str
+    """`<suite>-<figure>-<device>`"""
+    module: FigureModule
+    rows: pd.DataFrame
+    figure: Figure
+
+    @property
+    def columns(self) -> int:
+        """Of a page that the figure is wide."""
+        from attnbench.figures._style import WIDTHS
+
+        return 2 if self.figure.get_figwidth() > WIDTHS[1] else 1
+
+
+TALL = 1.6
+"""Height over width beyond which a figure of one column is drawn as wide as two: a page would scale it down until nobody reads it."""
+
+
+def drawn(table: pd.DataFrame, columns: int = 2) -> Iterator[Drawn]:
+    """Every figure that the table allows, one after another. Raises `UserError` at the end where there was none."""
     from attnbench.errors import UserError
     from attnbench.figures import _style
 
-    written: list[Path] = []
-    if not table.empty:
-        with _style.paper():
-            for module in modules().values():
-                for group in parts(module, table):
-                    figure = module.build(group.rows, columns)
-                    if figure is not None:
-                        stem = folder / f"{group.suite}-{module.NAME}-{group.place}"
-                        written += write(figure, module.data(group.rows), stem, suffixes)
-    if not written:
+    count = 0
+    for module in modules().values() if len(table) else ():
+        for group in parts(module, table):
+            with _style.paper():
+                figure = module.build(group.rows, columns)
+                if figure is not None and columns == 1 and figure.get_figheight() > TALL * figure.get_figwidth():
+                    figure = module.build(group.rows, 2)
+                if figure is not None:
+                    count += 1
+                    yield Drawn(f"{group.suite}-{module.NAME}-{group.place}", module, group.rows, figure)
+    if not count:
         raise UserError("nothing to draw: no cell of these results was measured; `attnbench report` lists why")
-    return written
 
 
 _METADATA: dict[str, dict[str, Any]] = {

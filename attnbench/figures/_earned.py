@@ -92,7 +92,7 @@ class Against:
             layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, hspace=0.0, wspace=0.02),
         )
         grid = GridSpec(len(sizes), across, figure=figure, height_ratios=sizes)
-        _panel.legend(figure.add_subplot(grid[0, :]), "", list(entries.items()))
+        _panel.legend(figure.add_subplot(grid[0, :]), "", list(entries.items()), width)
         placed = []
         for i, panel in enumerate(panels):
             axes, part = figure.add_subplot(grid[1 + i // across, i % across]), drawn[drawn["panel"] == panel]

@@ -1,4 +1,4 @@
-"""Small multiples: panels side by side, all lines in one row where they are few, else a row for each family with the best dense in grey."""
+"""Small multiples: panels side by side, in one band where lines are few, else in a band for each family with the best dense in grey."""
 
 from __future__ import annotations
 
@@ -53,17 +53,19 @@ def draw(
     width = WIDTHS[columns]
     across = min(len(panels), most if columns == 2 else 2)
     bands = [_panel.Band(title, block, panels[i : i + across]) for title, block in blocks for i in range(0, len(panels), across)]
-    sizes = [size for band in bands for size in band.heights(width, tall=len(blocks) == 1)]
+    beside = 2 if columns == 2 and len(blocks) > 1 and 2 * len(panels) <= most else 1
+    rows = [bands[i : i + beside] for i in range(0, len(bands), beside)]
+    full = (0.95 if beside > 1 else 0.8) if len(blocks) > 1 else 2.1 if columns == 2 else 1.7
+    sizes = [max(part) for row in rows for part in zip(*(band.heights(width / beside, full) for band in row), strict=True)]
     caption = wrapped(" ".join(caption.split()), width)
     height = sum(sizes) + 0.05 * len(sizes) + 0.42 + 0.115 * (caption.count("\n") + 1)
     figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.015, hspace=0.0, wspace=0.02))
-    grid = GridSpec(len(sizes), across, figure=figure, height_ratios=sizes)
+    grid = GridSpec(len(sizes), across * beside, figure=figure, height_ratios=sizes)
     points = [{str(k): v for k, v in row.items()} for row in drawn.to_dict("records")]
-    canvas = _panel.Canvas(
-        figure, grid, sorted(drawn["n"].unique()), variants(points), width / across - 0.35, along or _panel.Across(), levels or {}
-    )
-    for i, band in enumerate(bands):
-        canvas.draw(band, i, below=max((len(later.panels) for later in bands[i + 1 :]), default=0))
+    canvas = _panel.Canvas(figure, grid, across, sorted(drawn["n"].unique()), variants(points), along or _panel.Across(), levels or {})
+    for i, row in enumerate(rows):
+        for j, band in enumerate(row):
+            canvas.draw(band, i, j, below=max((len(later[j].panels) for later in rows[i + 1 :] if len(later) > j), default=0))
     _panel.fit(canvas.main, drawn[drawn["kind"] != "exact"], metric)
     figure.supylabel(metric.axis, fontsize=7)
     figure.supxlabel(caption, fontsize=5.5, color="#444444", x=0.01, ha="left", linespacing=1.25)

@@ -1,4 +1,4 @@
-"""Bands of panels: for each a legend, a strip of failures, and the axes below them."""
+"""Bands of panels: for each a legend, a strip of failures, and the axes below them. Bands may stand side by side."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from attnbench import series
-from attnbench.figures._style import BASELINE, LETTERS, WIDTHS, cited, length_axis, look
+from attnbench.figures._style import BASELINE, LETTERS, cited, length_axis, look
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ def legend_columns(entries: Sequence[str], width_in: float) -> int:
 
 @dataclass(frozen=True)
 class Band:
-    """One row of panels."""
+    """Panels side by side under one legend."""
 
     title: str
     block: pd.DataFrame
@@ -54,11 +54,10 @@ class Band:
         """Series that failed somewhere."""
         return names(self.block[self.block["status"] != "ok"])
 
-    def heights(self, width_in: float, *, tall: bool) -> list[float]:
-        """Inches of the legend, the strip and the axes."""
+    def heights(self, width_in: float, full: float) -> list[float]:
+        """Inches of the legend, the strip and the axes, which are `full` high."""
         entries = names(self.block)
         lines = -(-len(entries) // legend_columns(entries, width_in)) + bool(self.title)
-        full = (2.1 if width_in == WIDTHS[2] else 1.7) if tall else 0.8
         return [_LINE_IN * lines + 0.04, max(_EMPTY_IN, _STRIP_IN * len(self.failed)), full]
 
 
@@ -79,16 +78,21 @@ class Canvas:
 
     figure: Figure
     grid: GridSpec
+    span: int
+    """columns of the grid that a band has"""
     lengths: Sequence[int]
     variants: Mapping[str, int]
-    room_in: float
-    """width of one panel"""
     across: Across = Across()
     levels: Mapping[str, float] = field(default_factory=dict)
     """panel -> a value to be marked by a dotted line"""
     main: list[Axes] = field(default_factory=list)
-    above: Sequence[str] = ()
-    """panels of the band drawn last: titles are not repeated below them"""
+    above: dict[int, str] = field(default_factory=dict)
+    """column of the grid -> the panel drawn last in it: titles are not repeated below"""
+
+    @property
+    def width_in(self) -> float:
+        """Of a column of the grid."""
+        return float(self.figure.get_figwidth()) / int(self.grid.ncols)
 
     def style(self, row: Mapping[Any, Any]) -> dict[str, Any]:
         """Line properties of the series that a row belongs to."""
@@ -98,32 +102,35 @@ class Canvas:
             return cited(str(row["method"]), self.variants[str(row["series"])])
         return look(str(row["label"]), self.variants[str(row["series"])])
 
-    def draw(self, band: Band, number: int, *, below: int) -> None:
-        """Draw the band into its three rows of the grid; `below` panels of later bands stand under its first ones."""
-        legend(
-            self.figure.add_subplot(self.grid[3 * number, :]), band.title, [(n, self._style_of(band.block, n)) for n in names(band.block)]
-        )
+    def draw(self, band: Band, number: int, place: int, *, below: int) -> None:
+        """Draw the band into three rows of the grid as the one at `place` from the left, of bands side by side.
+
+        `below` panels of later bands stand under its first ones.
+        """
+        left = place * self.span
+        entries = [(n, self._style_of(band.block, n)) for n in names(band.block)]
+        legend(self.figure.add_subplot(self.grid[3 * number, left : left + self.span]), band.title, entries, self.width_in * self.span)
         for column, panel in enumerate(band.panels):
             leader = self.main[0] if self.main else None
-            axes = self.figure.add_subplot(self.grid[3 * number + 2, column], sharex=leader, sharey=leader)
+            axes = self.figure.add_subplot(self.grid[3 * number + 2, left + column], sharex=leader, sharey=leader)
             part = band.block[band.block["panel"] == panel]
             for name in names(part):
                 self._line(axes, part[part["series"] == name].sort_values("n"))
             self._along(axes)
             if panel in self.levels:
                 axes.axhline(self.levels[panel], color="#888888", linewidth=0.7, linestyle=":", zorder=1)
-            axes.tick_params(labelleft=column == 0, labelbottom=column >= below)
+            axes.tick_params(labelleft=left + column == 0, labelbottom=column >= below)
             axes.set_xlabel(self.across.label if column >= below else "")
-            strip = self.figure.add_subplot(self.grid[3 * number + 1, column], sharex=axes)
+            strip = self.figure.add_subplot(self.grid[3 * number + 1, left + column], sharex=axes)
             self._strip(strip, part, band.failed, first=column == 0)
-            if band.panels != self.above:
+            if self.above.get(left + column) != panel:
                 strip.set_title(panel, pad=3, fontweight="bold")
+            self.above[left + column] = panel
             self.main.append(axes)
-        self.above = band.panels
 
     def _along(self, axes: Axes) -> None:
         if self.across.powers:
-            length_axis(axes, self.lengths, self.room_in)
+            length_axis(axes, self.lengths, self.width_in - 0.35)
         elif not self.across.curves:  # a tick each
             axes.set_xticks(self.lengths[:: -(-len(self.lengths) // 8)])
             axes.set_xlim(min(self.lengths) - 0.3, max(self.lengths) + 0.3)
@@ -169,13 +176,11 @@ class Canvas:
             axes.axhline(y, color="#eeeeee", linewidth=0.4, zorder=0)
 
 
-def legend(axes: Axes, title: str, entries: Sequence[tuple[str, dict[str, Any]]]) -> None:
-    """Fill an empty row of the grid with a legend."""
+def legend(axes: Axes, title: str, entries: Sequence[tuple[str, dict[str, Any]]], width_in: float) -> None:
+    """Fill an empty place of the grid, `width_in` wide, with a legend."""
     handles = [Line2D([], [], label=name, **style) for name, style in entries]
     axes.axis("off")
-    figure = axes.get_figure(root=True)
-    assert figure is not None, "axes stand in a figure"
-    columns = legend_columns([name for name, _ in entries], figure.get_figwidth())
+    columns = legend_columns([name for name, _ in entries], width_in)
     made = axes.legend(handles=handles, loc="lower left", ncols=columns, title=title or None, alignment="left")
     made.get_title().set(fontweight="bold", fontsize=6.5)
     made.set_in_layout(False)

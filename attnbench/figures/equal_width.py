@@ -116,7 +116,8 @@ def _draw(drawn: pd.DataFrame, table: pd.DataFrame, columns: int) -> Figure:
         layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.015, hspace=0.0, wspace=0.02),
     )
     grid = GridSpec(len(sizes), len(lengths), figure=figure, height_ratios=sizes)
-    _panel.legend(figure.add_subplot(grid[0, :]), "", [(name, {**style, "linestyle": "none"}) for name, style in entries.items()])
+    marks = [(name, {**style, "linestyle": "none"}) for name, style in entries.items()]
+    _panel.legend(figure.add_subplot(grid[0, :]), "", marks, width)
     placed: list[tuple[Axes, pd.DataFrame]] = []
     for i, profile in enumerate(profiles):
         for j, n in enumerate(lengths):

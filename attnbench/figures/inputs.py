@@ -20,6 +20,8 @@ _COLOURS = "cividis_r"
 """Matplotlib's name of a scale that colour-blind readers see as others do; dark is far from softmax."""
 _LIMITS = 0.01, 3.0
 """relative errors beyond which the colour no longer changes"""
+MANY = 5
+"""inputs whose numbers do not fit beside the methods' names in one column of a page"""
 _DARK = 0.23
 """relative error from which a number is written in white"""
 
@@ -67,10 +69,11 @@ def _short(profile: str) -> str:
 
 
 def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
-    """The figure; None where no inputs were captured."""
+    """The figure; None where no inputs were captured. Of more than `MANY` inputs it is as wide as two columns whatever is asked for."""
     drawn = data(table)
     if drawn.empty:
         return None
+    columns = 2 if drawn["profile"].nunique() > MANY else columns
     known = drawn.drop_duplicates("series").sort_values("series", key=lambda s: s.map(series.natural))
     order = sorted(zip(known["family"], known["series"], strict=True), key=lambda x: series.family_rank(x[0]))
     down, across = [name for _, name in order], _ordered(drawn)

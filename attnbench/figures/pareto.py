@@ -124,7 +124,7 @@ def _draw(drawn: pd.DataFrame, table: pd.DataFrame, columns: int) -> Figure:
         layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.015, hspace=0.0, wspace=0.02),
     )
     grid = GridSpec(len(sizes), across, figure=figure, height_ratios=sizes)
-    _panel.legend(figure.add_subplot(grid[0, :]), "", list(entries.items()))
+    _panel.legend(figure.add_subplot(grid[0, :]), "", list(entries.items()), width)
     placed: list[tuple[Axes, Axes, pd.DataFrame]] = []
     for i, panel in enumerate(panels):
         leaders = placed[0][:2] if placed else (None, None)
