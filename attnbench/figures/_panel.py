@@ -86,8 +86,8 @@ class Canvas:
     levels: Mapping[str, float] = field(default_factory=dict)
     """panel -> a value to be marked by a dotted line"""
     main: list[Axes] = field(default_factory=list)
-    above: dict[int, str] = field(default_factory=dict)
-    """column of the grid -> the panel drawn last in it: titles are not repeated below"""
+    above: dict[int, Sequence[str]] = field(default_factory=dict)
+    """place from the left -> panels of the band drawn last there: titles are not repeated below them"""
 
     @property
     def width_in(self) -> float:
@@ -123,10 +123,10 @@ class Canvas:
             axes.set_xlabel(self.across.label if column >= below else "")
             strip = self.figure.add_subplot(self.grid[3 * number + 1, left + column], sharex=axes)
             self._strip(strip, part, band.failed, first=column == 0)
-            if self.above.get(left + column) != panel:
+            if self.above.get(place) != band.panels:
                 strip.set_title(panel, pad=3, fontweight="bold")
-            self.above[left + column] = panel
             self.main.append(axes)
+        self.above[place] = band.panels
 
     def _along(self, axes: Axes) -> None:
         if self.across.powers:
