@@ -203,7 +203,7 @@ def test_pareto_names_who_is_missing(loaded):
     assert figure is not None
     caption = figure.get_supxlabel().replace("\n", " ")
     assert "Failed here: Softmax (math) (oom)" in caption
-    assert "same parameters: Sliding window, xFormers" in caption
+    assert "same parameters: Sliding window; xFormers" in caption
 
 
 def test_markers_depend_on_the_name_alone_and_differ_within_a_family():
@@ -237,6 +237,46 @@ def test_names_keep_clear_of_points_and_of_each_other():
     boxes = [Text.get_window_extent(t) for t in axes.texts]
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
     assert not any(box.contains(*axes.transData.transform(p)) for box in boxes for p in points)
+
+
+def test_lines_to_names_cross_neither_points_nor_names():
+    from attnbench.figures._place import _away, _cost, _crosses
+
+    point, name, beside, window = (10.0, 10.0), (40.0, 6.0, 60.0, 14.0), (40.0, 40.0, 60.0, 48.0), (0.0, 0.0, 100.0, 100.0)
+    between = (20.0, 7.0, 26.0, 13.0)
+    own = (7.0, 7.0, 13.0, 13.0)
+    assert _away(name, point)
+    assert _crosses(point, name, between)
+    assert not _crosses(point, beside, between)
+    assert not _crosses(point, name, own), "every line begins at its point"
+    assert _cost(name, [own, between], window, point) > _cost(beside, [own, between], window, point)
+    assert _cost(name, [own], window, point) < _cost(beside, [own], window, point)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"), [(0.7, 1.2, ["0.7", "0.8", "0.9", "1"]), (0.7, 6, ["1", "2", "5"]), (0.7, 200, ["1", "10", "100"])]
+)
+def test_narrow_axes_have_ticks(low, high, ticks):
+    from matplotlib.figure import Figure
+
+    from attnbench.figures import _panel
+
+    axes = Figure().add_subplot(xscale="log", xlim=(low, high))
+    _panel.plain(axes.xaxis)
+    shown = axes.xaxis.get_majorticklocs()
+    assert [axes.xaxis.get_major_formatter()(v) for v in shown if low <= v <= high] == ticks
+
+
+def test_shares_of_the_roofline_above_one_are_explained(few):
+    from attnbench.figures import efficiency
+
+    figure = efficiency.build(few.assign(copy_bytes_per_s=few["copy_bytes_per_s"] / 1e6))
+    plain = efficiency.build(few)
+    assert figure is not None
+    assert plain is not None
+    assert efficiency.data(few)["value"].max() < 1
+    assert "Above 1:" in figure.get_supxlabel()
+    assert "Above 1:" not in plain.get_supxlabel()
 
 
 @pytest.mark.parametrize(("n", "text"), [(196, "196"), (784, "784"), (1024, "1k"), (3136, "3136"), (262144, "256k"), (2**20, "1M")])

@@ -125,6 +125,8 @@ class Facets:
         noise = series.noise(frame.current(rows)) if drawn["floor"].notna().any() else ""
         if noise:
             parts.append(f"Shaded band: A/A noise floor {noise}, drawn around the series that was measured twice.")
+        if self.metric == "efficiency" and (drawn["value"] > 1).any():
+            parts.append("Above 1: the floor counts every read of a gathered row at the rate of memory, and caches serve repeated ones.")
         if (drawn["kind"] == "baseline").any():
             parts.append("Grey: the best dense method at each length.")
         cited = drawn[drawn["kind"] == "cited"]

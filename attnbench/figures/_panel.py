@@ -202,10 +202,13 @@ def fit(axes: Sequence[Axes], drawn: pd.DataFrame, metric: Metric) -> None:
 
 
 def plain(axis: Any) -> None:
-    """Ticks of a logarithmic axis as 0.01, 1, 1000, and powers of ten beyond; where it spans under two decades, 2 and 5 as well."""
+    """Ticks of a logarithmic axis as 0.01, 1, 1000, and powers of ten beyond.
+
+    Where it spans under two decades, 2 and 5 as well, and under a factor of four every digit.
+    """
     low, high = axis.get_view_interval()
     if high / low < 100:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low >= 4 else range(1, 10)))
     axis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else f"$10^{{{round(math.log10(value))}}}$")
     )

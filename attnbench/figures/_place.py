@@ -47,7 +47,7 @@ def annotate(axes: Axes, names: Sequence[Name], points: Sequence[Point], lines: 
         wide, high = len(name.text) * _SIZE * (0.66 if name.bold else 0.58), _SIZE * 1.15
         box = min(_candidates(x, y, wide, high), key=lambda c: _cost(c, taken, bounds, (x, y)))
         taken.append(box)
-        away = max(box[0] - x, x - box[2], box[1] - y, y - box[3]) > 9
+        away = _away(box, (x, y))
         axes.annotate(
             name.text, name.point, (box[0] - x, box[1] - y), textcoords="offset points", fontsize=_SIZE, color=name.colour, zorder=4,
             fontweight="bold" if name.bold else "normal", annotation_clip=False,
@@ -72,12 +72,31 @@ def _candidates(x: float, y: float, wide: float, high: float) -> Iterator[_Box]:
 
 
 def _cost(box: _Box, taken: Sequence[_Box], bounds: _Box, point: Point) -> float:
-    """Area covered, then area outside the axes, then distance."""
+    """Area covered, then area outside the axes and what the thin line crosses, then distance."""
     covered = sum(_overlap(box, other) for other in taken)
+    crossed = sum(_crosses(point, box, other) for other in taken) if _away(box, point) else 0
     area = (box[2] - box[0]) * (box[3] - box[1])
     outside = area - _overlap(box, bounds)
     centre = ((box[0] + box[2]) / 2 - point[0]) ** 2 / 9 + ((box[1] + box[3]) / 2 - point[1]) ** 2
-    return 50 * covered + 20 * outside + math.sqrt(centre)
+    return 50 * covered + 20 * outside + 500 * crossed + math.sqrt(centre)
+
+
+def _away(box: _Box, point: Point) -> bool:
+    """Whether a name there needs a thin line to its point."""
+    (x, y) = point
+    return max(box[0] - x, x - box[2], box[1] - y, y - box[3]) > 9
+
+
+def _crosses(point: Point, box: _Box, other: _Box) -> bool:
+    """Whether the line from the point to the middle of its name touches another box than those that the point is in."""
+    if _within(point, other):
+        return False
+    (x, y), (u, v) = point, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
+    return any(_within((x + (u - x) * i / 24, y + (v - y) * i / 24), other) for i in range(1, 24))
+
+
+def _within(point: Point, box: _Box) -> bool:
+    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
 
 
 def _overlap(a: _Box, b: _Box) -> float:

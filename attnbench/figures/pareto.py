@@ -160,16 +160,17 @@ def _limits(axes: Axes, drawn: pd.DataFrame) -> None:
     room = 1.3 * (high / low) ** 0.15
     axes.set_xlim(low / room, high * room)
     if len(errors):
-        axes.set_ylim(errors.min() / 1.6, errors.max() * 1.6)
+        axes.set_ylim(errors.min() / 1.6, errors.max() * 2.5)
 
 
 def _panel_of(main: Axes, strip: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]) -> None:
     """Approximate methods above, exact ones in a strip below, and the front through both."""
-    strip.set(ylim=(-1, 1), yticks=[0], yticklabels=["exact"])
+    any_exact = bool(part["exact"].any())
+    strip.set(ylim=(-1, 1), yticks=[0], yticklabels=["exact" if any_exact else ""])
     strip.tick_params(left=False)
     main.tick_params(bottom=False)
     main.spines["bottom"].set_visible(False)
-    strip.set_facecolor("#f4f4f4")
+    strip.set_facecolor("#f4f4f4" if any_exact else "none")
     for point in part.to_dict("records"):
         axes, y = (strip, 0.0) if point["exact"] else (main, point["rel_error"])
         axes.plot([point["time_ms"]], [y], **entries[str(point["series"])], zorder=3, clip_on=False)
@@ -215,7 +216,8 @@ def _caption(drawn: pd.DataFrame, table: pd.DataFrame) -> str:
         text = f"{here}Time and error: {series.describe(accuracy)}."
     else:
         text = f"{here}Time: {series.describe(speed)}. Error: {series.describe(accuracy)}."
-    text += " Line and bold names: Pareto front, what nothing else beats in both time and error; exact methods count as equally accurate."
+    text += " Line and bold names: Pareto front, what nothing else beats in both time and error"
+    text += "; exact methods count as equally accurate." if drawn["exact"].any() else "."
     text += f" {series.settings(speed if len(speed) else accuracy)}".rstrip()
     return text + _left_out(drawn, speed if len(speed) else accuracy, accuracy, n)
 
@@ -232,6 +234,6 @@ def _left_out(drawn: pd.DataFrame, timed: pd.DataFrame, accuracy: pd.DataFrame, 
     good = {str(name): part for name, part in absent.items() if (part["status"] == "ok").all()}
     untimed = [name for name, part in good.items() if part["time_s"].isna().all()]
     unmatched = [name for name in good if name not in untimed]
-    text = f" Failed here: {', '.join(failed)}." if failed else ""
-    text += f" Without a time: {', '.join(untimed)}." if untimed else ""
-    return text + (f" Without a fidelity record of the same parameters: {', '.join(unmatched)}." if unmatched and len(accuracy) else "")
+    text = f" Failed here: {'; '.join(failed)}." if failed else ""
+    text += f" Without a time: {'; '.join(untimed)}." if untimed else ""
+    return text + (f" Without a fidelity record of the same parameters: {'; '.join(unmatched)}." if unmatched and len(accuracy) else "")
