@@ -9,6 +9,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,6 +80,7 @@ class Worker:
     _process: SpawnProcess | None = field(default=None, repr=False)
     _pipe: Connection | None = field(default=None, repr=False)
     _log: Path | None = field(default=None, repr=False)
+    _ending: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def run(self, message: Any, timeout_s: float, hear: Callable[[Progress], None] = lambda _: None) -> Any:
         """The job's value; `hear` is called with what it reports on the way.
@@ -92,6 +94,10 @@ class Worker:
             reply = self._answer(pipe, timeout_s, hear)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             raise WorkerDiedError(self._epitaph()) from None
+        except OSError:
+            if self._pipe is pipe:
+                raise
+            raise WorkerDiedError("worker stopped") from None  # by another thread, which closed the pipe
         except KeyboardInterrupt:
             self.stop()
             raise
@@ -135,24 +141,28 @@ class Worker:
             raise WorkerDiedError(self._epitaph()) from None
 
     def _epitaph(self) -> str:
-        assert self._process is not None, "no process to bury"
-        self._process.join(10)
-        code = self._process.exitcode
-        how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with {code}"
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()] if self._log else []
+        with self._ending:
+            if self._process is None:
+                return "worker stopped"
+            self._process.join(10)
+            code = self._process.exitcode
+            how = f"killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"exited with {code}"
+            lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()] if self._log else []
         self.stop()
         return f"worker {how}" + (f": {lines[-1].strip()[:300]}" if lines else "")
 
     def stop(self) -> None:
-        """End the process, at once."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-        if self._pipe is not None:
-            self._pipe.close()
-        if self._log is not None:
-            self._log.unlink(missing_ok=True)
-        self._process = self._pipe = self._log = None
+        """End the process, at once. Any thread may; one that waits for an answer then raises `WorkerDiedError`."""
+        with self._ending:
+            process, pipe, log = self._process, self._pipe, self._log
+            self._process = self._pipe = self._log = None
+        if process is not None:
+            process.kill()
+            process.join()
+        if pipe is not None:
+            pipe.close()
+        if log is not None:
+            log.unlink(missing_ok=True)
 
 
 def _serve(pipe: Connection, setup: Callable[..., Callable[[Any], Reply]], arguments: tuple[Any, ...], log: str) -> None:

@@ -1,6 +1,5 @@
 """What surrounds MiTA's kernels: memory that a call takes, buffers that share it, plans, and the selection's search by itself."""
 
-import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +20,6 @@ class OnPaper(_launch.Recorder):
     """Compiles and launches nothing."""
 
     def run(self, kernel, programs, args, constants):
-        assert constants.get("launch_pdl", False) == constants.get("WAITS", False), "a kernel launched early must wait"
         return SimpleNamespace(run=None, function=kernel.__name__, packed_metadata=None)
 
 
@@ -73,14 +71,6 @@ def test_buffers_that_live_at_the_same_time_lie_apart(monkeypatch, n):
             assert host != other or end <= first or last <= at or over(uses, others) or over(others, uses)
 
 
-def test_selection_that_is_launched_early_follows_what_lets_it(monkeypatch):
-    make = launches.plan
-    monkeypatch.setattr(launches, "plan", lambda *args: dataclasses.replace(make(*args), early=True))
-    got, *_ = program(monkeypatch, (1, 16, 4096, 64, 64))
-    names = [x.compiled.function for x in got.launches]
-    assert names[names.index("select_kernel") - 1] == "probe_kernel"
-
-
 def test_memory_is_shared_only_in_turn():
     steps = [_layout.Step(*x) for x in ((False, False), (True, False), (False, False), (False, True))]
     assert [sorted(x) for x in _layout.followers(steps)] == [[1, 2, 3], [3], [3], []]
@@ -109,15 +99,14 @@ def test_a_block_of_the_gate_is_long_where_there_are_blocks_enough(heads, n, row
 
 
 @triton.jit
-def keep_top_kernel(x, found, K, L: tl.constexpr, PAIRS: tl.constexpr):
+def keep_top_kernel(x, found, K, L: tl.constexpr):
     o_l = tl.arange(0, L)
-    b_keep, b_place = keep_top(tl.load(x + o_l).to(tl.uint32, bitcast=True), K, PAIRS)
+    b_keep, b_place = keep_top(tl.load(x + o_l).to(tl.uint32, bitcast=True), K)
     tl.store(found + o_l, tl.where(b_keep, b_place, -1))
 
 
 @pytest.mark.parametrize("values", ["any", "few", "one", "ends"])
-@pytest.mark.parametrize("pairs", [False, True])
-def test_the_largest_are_kept_and_listed_once(values, pairs):
+def test_the_largest_are_kept_and_listed_once(values):
     torch.manual_seed(0)
     last = (1 << 32) - 1
     x = {
@@ -127,7 +116,7 @@ def test_the_largest_are_kept_and_listed_once(values, pairs):
     found = torch.empty(64, dtype=torch.int32, device=DEVICE)
     bits = torch.where(x < 1 << 31, x, x - (1 << 32)).to(DEVICE, torch.int32)
     for top in (1, 7, 64):
-        keep_top_kernel[(1,)](bits, found, top, L=64, PAIRS=pairs)
+        keep_top_kernel[(1,)](bits, found, top, L=64)
         place = found.cpu()
         kept = place >= 0
         assert torch.equal(x[kept].sort(descending=True).values, x.topk(top).values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import pytest
@@ -91,6 +92,37 @@ def test_a_worker_keeps_its_state_until_it_is_replaced() -> None:
         assert worker.starts == 4
     finally:
         worker.stop()
+
+
+def test_a_worker_may_be_stopped_by_any_thread() -> None:
+    worker, ends, stops = isolate.Worker(_setup, (10,)), [], []
+    worker.run("x", 60)
+
+    def ask() -> None:
+        try:
+            worker.run("hang", 60)
+        except Exception as error:
+            ends.append(error)
+
+    def stop() -> None:
+        try:
+            worker.stop()
+        except Exception as error:
+            stops.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    time.sleep(0.3)
+    stopping = [threading.Thread(target=stop) for _ in range(8)]
+    for thread in stopping:
+        thread.start()
+    for thread in (*stopping, asking):
+        thread.join(20)
+    assert stops == []
+    (end,) = ends
+    assert isinstance(end, isolate.WorkerDiedError), repr(end)
+    assert worker.run("x", 60) == 11
+    worker.stop()
 
 
 @pytest.mark.parametrize("profile", [p for p in inputs.PROFILES if p != "file"])

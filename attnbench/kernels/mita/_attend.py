@@ -20,12 +20,6 @@ def pairs_at(p_order, i, last, T: tl.constexpr, ROUTED: tl.constexpr):
 
 
 @triton.jit
-def queries_of(p_q, b_pair, m_q, stride_qn, N, S: tl.constexpr, D: tl.constexpr, BD: tl.constexpr):
-    """The queries `[T, BD]` of pairs."""
-    return load_rows(p_q, b_pair % N if S > 1 else b_pair, m_q, stride_qn, D, BD)
-
-
-@triton.jit
 def attend_kernel(
     q, k, v, r, value, index, order, segment, out, lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -38,7 +32,7 @@ def attend_kernel(
 
     Where landmarks and keys fit one tile each, landmarks are read once, keys once a segment. With S > 1 outputs are partial, one of S
     slots, and slot 0 alone reads landmarks. With AHEAD the pairs of a tile are asked for before the tile before it is done, those
-    of the first before the keys; with AHEAD = 2 their queries too.
+    of the first before the keys.
     """
     RUNS = (SEGMENTS + RUN - 1) // RUN
     i_r, i_bh = tl.program_id(0) % RUNS, tl.program_id(0) // RUNS
@@ -63,8 +57,6 @@ def attend_kernel(
         p_j = index + (i_head * M + i_e) * K
         if AHEAD:
             b_next, m_next = pairs_at(p_order, first, last, T, ROUTED)
-        if AHEAD > 1:
-            b_ahead = queries_of(p_q, b_next, m_next, stride_qn, N, S, D, BD)
         if SHARED and ROUTED and M <= BM and K <= BK:
             # a segment without pairs reads no keys
             m_s = m_k & (first < last)
@@ -77,10 +69,7 @@ def attend_kernel(
             else:
                 b_pair, m_q = pairs_at(p_order, i, last, T, ROUTED)
             # [T, BD]
-            if AHEAD > 1:
-                b_q, b_ahead = b_ahead, queries_of(p_q, b_next, m_next, stride_qn, N, S, D, BD)
-            else:
-                b_q = queries_of(p_q, b_pair, m_q, stride_qn, N, S, D, BD)
+            b_q = load_rows(p_q, b_pair % N if S > 1 else b_pair, m_q, stride_qn, D, BD)
             if SHARED and ROUTED and M <= BM and K <= BK:
                 b_max, b_sum, b_acc = attend_both(
                     b_q, b_r, b_u, m_m[None, :] & (b_pair < N)[:, None] if S > 1 else m_m[None, :], shared_scale * LOG2E,

@@ -97,14 +97,13 @@ def build_experts(launch: Recorder, r: Tensor, k: Tensor, v: Tensor, top: int, s
     launch(
         probe_kernel, heads * p.probe_tiles * splits,
         r, k, v, chunk_max, acc, top_part, sum_part, *k.stride()[:3], *v.stride()[:3], h, n, splits, blocks, setting.scale,
-        MT=p.probe_tiles, BM=p.block_m, LEADS=p.early, PREC=p.prec, **common, num_warps=4, num_stages=3 if p.probe_block == 128 else 2,
+        MT=p.probe_tiles, BM=p.block_m, PREC=p.prec, **common, num_warps=4, num_stages=3 if p.probe_block == 128 else 2,
     )  # fmt: skip
     launch(
         select_kernel, heads * m,
         r, k, chunk_max, acc, top_part, sum_part, value, stat, index, list_, score, *k.stride()[:3], h, n, splits, chunks, groups,
         K=top, PG=p.group, BG=power(groups), KP=width, BS=min(16, power(splits)), BC=max(16, min(p.select_block, width * p.chunk)),
-        PAIRS=p.select_pairs, WAITS=p.early, PREC=p.prec, **common, num_warps=p.select_warps, num_stages=p.select_stages,
-        maxnreg=p.select_regs, **({"launch_pdl": True} if p.early else {}),
+        PREC=p.prec, **common, num_warps=p.select_warps, num_stages=p.select_stages, maxnreg=p.select_regs,
     )  # fmt: skip
     return value, stat, index
 
@@ -145,7 +144,7 @@ def attend(
         q, k, v, r, value, index, order, segment, part, part_lse, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         h, n, segments, segment.shape[2], setting.scale, setting.shared_scale, G=h // k.shape[1], M=m, K=top, S=s, D=d, DV=dv,
         LENGTH=p.length, RUN=p.run, T=p.tile, BM=p.block_m, BK=p.block_k, BD=p.dim, BDV=p.dim_v, SHARED=setting.shared,
-        ROUTED=setting.routed, AHEAD=p.attend_ahead if setting.routed else 0, PREC=p.prec, num_warps=p.attend_warps,
+        ROUTED=setting.routed, AHEAD=p.attend_ahead and setting.routed, PREC=p.prec, num_warps=p.attend_warps,
         num_stages=p.attend_stages, maxnreg=p.attend_regs,
     )  # fmt: skip
     if s > 1:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .._tile import LOG2E, head_offset, load_rows, store_rows
-from ._tile import let_next_begin, online_softmax
+from ._tile import online_softmax
 
 
 @triton.jit
@@ -42,15 +42,12 @@ def probe_kernel(
     H, N, SPLITS, BLOCKS, scale,
     G: tl.constexpr, M: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, C: tl.constexpr,
     MT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    SHARED: tl.constexpr, ROUTED: tl.constexpr, LEADS: tl.constexpr, PREC: tl.constexpr,
+    SHARED: tl.constexpr, ROUTED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """Landmarks against one split of the keys: partial softmax over values, and the maximum score of every chunk.
 
-    A chunk is C keys of a block of BN: key c + i (BN / C) of the block belongs to its chunk c, for i < C. With LEADS the next kernel
-    may be launched at once, and waits by itself.
+    A chunk is C keys of a block of BN: key c + i (BN / C) of the block belongs to its chunk c, for i < C.
     """
-    if LEADS:
-        let_next_begin()
     i_s, i_rest = tl.program_id(0) % SPLITS, tl.program_id(0) // SPLITS
     i_m, i_bh = i_rest % MT, i_rest // MT
     first, last = i_s * BLOCKS // SPLITS, (i_s + 1) * BLOCKS // SPLITS

@@ -24,7 +24,7 @@ _PROGRAMS: dict[Hashable, Program] = {}
 MOST = 4096
 """programs kept; each holds references to kernels that Triton keeps anyway"""
 _ALIGNMENT = 16
-_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 def signature(*tensors: Tensor) -> Hashable:

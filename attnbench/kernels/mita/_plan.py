@@ -88,13 +88,9 @@ class Plan:
     select_block: int
     """keys that the selection scores at a time"""
     select_stages: int
-    select_pairs: bool
-    """whether the selection finds two bits of a threshold at a time, where it searches few values"""
-    early: bool
-    """whether the selection is launched while the landmark pass runs, and waits on the device (programmatic dependent launch)"""
     attend_warps: int
-    attend_ahead: int
-    """what the attention kernel asks for a tile ahead: 0 nothing, 1 which queries, 2 the queries"""
+    attend_ahead: bool
+    """whether the attention kernel asks a tile ahead which its queries are"""
     query_warps: int
     """of the kernel that makes gradients of queries"""
     select_regs: int | None
@@ -143,7 +139,8 @@ def plan(heads: int, n: int, keys: int, m: int, k: int, s: int, d: int, dv: int,
         stream=min(2048, max(128, power(heads * n / (2 * sms)))),
         key_block=32 if big else 64, key_splits=min(-(-keys // 32), max(1, 2 * sms // heads)), finish_block=64 if dim <= 64 else 32,
         select_warps=4 if widest > 4096 else 2 if widest > 1024 else 1, select_block=32 if big else 64,
-        select_stages=1, select_pairs=False, early=False, attend_ahead=0,
+        # few programs wait for their keys, many hide it from each other
+        select_stages=3 if heads * m <= 8 * sms else 1, attend_ahead=heads * n >= 1 << 20,
         attend_warps=4, attend_stages=2 if big else 1, query_warps=4, query_stages=2 if big else 3,
         select_regs=None if big or widest > 1024 else 96, attend_regs=None if big else 128, query_regs=None,
         fused=k <= block_k, grad_warps=4, fork=True,

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 
 from .._tile import head_offset, load_rows
-from ._tile import wait_for_previous
 
 
 @triton.jit
@@ -24,34 +23,18 @@ def sortable(b_x):
 
 
 @triton.jit
-def keep_top(b_x, K, PAIRS: tl.constexpr):
-    """Mask of the K largest of `b_x: [L]` (uint32, L <= 32768), and the place of each in a list of them.
-
-    With PAIRS and L <= 512 two bits are found at a time: half the steps, each of which waits for a sum.
-    """
+def keep_top(b_x, K):
+    """Mask of the K largest of `b_x: [L]` (uint32, L <= 32768), and the place of each in a list of them."""
     low = tl.sum(tl.zeros_like(b_x), 0)
     n_low = tl.sum((b_x >= low).to(tl.int32), 0)
+    bit = low + 0x80000000
     # until just K are left or the K-th value is known
-    if PAIRS and b_x.shape[0] <= 512:
-        bit = low + 0x40000000
-        while (n_low != K) & (bit != 0):
-            one, two = low | bit, low | (bit << 1)
-            three = two | bit
-            # three counts in one sum
-            b_count = (b_x >= one).to(tl.int32) + ((b_x >= two).to(tl.int32) << 10) + ((b_x >= three).to(tl.int32) << 20)
-            count = tl.sum(b_count, 0)
-            n_one, n_two, n_three = count & 1023, (count >> 10) & 1023, count >> 20
-            n_low = tl.where(n_three >= K, n_three, tl.where(n_two >= K, n_two, tl.where(n_one >= K, n_one, n_low)))
-            low = tl.where(n_three >= K, three, tl.where(n_two >= K, two, tl.where(n_one >= K, one, low)))
-            bit = bit >> 2
-    else:
-        bit = low + 0x80000000
-        while (n_low != K) & (bit != 0):
-            trial = low | bit
-            count = tl.sum((b_x >= trial).to(tl.int32), 0)
-            n_low = tl.where(count >= K, count, n_low)
-            low = tl.where(count >= K, trial, low)
-            bit = bit >> 1
+    while (n_low != K) & (bit != 0):
+        trial = low | bit
+        count = tl.sum((b_x >= trial).to(tl.int32), 0)
+        n_low = tl.where(count >= K, count, n_low)
+        low = tl.where(count >= K, trial, low)
+        bit = bit >> 1
     b_above = b_x > low
     b_tie = b_x == low
     # the two counts of one prefix sum: above in the low half, ties in the high half
@@ -70,14 +53,9 @@ def select_kernel(
     G: tl.constexpr, M: tl.constexpr, K: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     C: tl.constexpr, BN: tl.constexpr, PG: tl.constexpr, BG: tl.constexpr, KP: tl.constexpr,
     BS: tl.constexpr, BC: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    SHARED: tl.constexpr, ROUTED: tl.constexpr, PAIRS: tl.constexpr, WAITS: tl.constexpr, PREC: tl.constexpr,
+    SHARED: tl.constexpr, ROUTED: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """One program a (head, landmark). PG chunks a group, chunk c in group c % GROUPS; scratch `list_` and `score` a row.
-
-    With WAITS it may be launched before the kernel before it is over.
-    """
-    if WAITS:
-        wait_for_previous()
+    """One program a (head, landmark). PG chunks a group, chunk c in group c % GROUPS; scratch `list_` and `score` a row."""
     i_row = tl.program_id(0).to(tl.int64)
     i_bh = tl.program_id(0) // M
     if SHARED:
@@ -120,7 +98,7 @@ def select_kernel(
             m_g = m_g & (b_at < N)
         b_x = tl.where(m_g, sortable(b_top), 0)
         n_list = tl.minimum(K, GROUPS)
-        b_keep, b_place = keep_top(b_x, n_list, PAIRS)
+        b_keep, b_place = keep_top(b_x, n_list)
         tl.store(p_list + b_place, b_at if PG == 1 else o_g, mask=b_keep)
         tl.debug_barrier()
         if PG > 1:
@@ -133,7 +111,7 @@ def select_kernel(
             m_c = m_c & (b_from < N)
             tl.debug_barrier()
             n_list = tl.minimum(K, n_list * PG)
-            b_keep, b_place = keep_top(tl.where(m_c, b_x, 0), n_list, PAIRS)
+            b_keep, b_place = keep_top(tl.where(m_c, b_x, 0), n_list)
             tl.store(p_list + b_place, tl.where(m_c, b_from, N), mask=b_keep)
             tl.debug_barrier()
         # level 3: the keys of those chunks
@@ -156,7 +134,7 @@ def select_kernel(
         b_j = tl.load(p_list + o_j // C, mask=m_j, other=0) + (o_j % C) * PER
         b_score = tl.where(m_j & (b_j < N), sortable(tl.load(p_score + o_j)), 0)
         tl.debug_barrier()
-        b_keep, b_place = keep_top(b_score, K, PAIRS)
+        b_keep, b_place = keep_top(b_score, K)
         tl.store(p_list + b_place, b_j, mask=b_keep)
         tl.debug_barrier()
         o_k = tl.arange(0, KP)

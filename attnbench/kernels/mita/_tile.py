@@ -1,21 +1,9 @@
-"""Device functions that the MiTA kernels share: launches that overlap, the online softmax, segments of an expert, bins of landmarks."""
+"""Device functions that the MiTA kernels share: the online softmax, segments of an expert, bins of landmarks."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def let_next_begin():
-    """The next kernel may be launched now, where it was launched to wait by itself (`launch_pdl`); sm_90 and later."""
-    tl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
-def wait_for_previous():
-    """Wait until the kernel before this one is over and what it wrote can be read."""
-    tl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @triton.jit
