@@ -267,6 +267,27 @@ def test_narrow_axes_have_ticks(low, high, ticks):
     assert [axes.xaxis.get_major_formatter()(v) for v in shown if low <= v <= high] == ticks
 
 
+def test_of_one_length_a_row_a_series_is_drawn(many):
+    rows = many[many["n"] == LENGTHS[-1]]
+    drawn, figure = latency.data(rows), latency.build(rows)
+    assert figure is not None
+    own = drawn[drawn["kind"] == "series"]
+    names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert sorted(names) == sorted(own["series"].unique())
+    for axes, panel in zip(figure.axes, ("forward", "forward+backward"), strict=True):
+        assert axes.get_title() == panel
+        part = own[own["panel"] == panel]
+        good = part[part["status"] == "ok"]
+        points = {(float(x), names[round(y)]) for line in axes.lines for x, y in line.get_xydata() if line.get_marker() != "None"}
+        assert points == set(zip(good["value"], good["series"], strict=True))
+        failed = {(names[round(t.get_position()[1])], t.get_text()) for t in axes.texts}
+        assert failed == {(r["series"], _style.LETTERS[r["status"]]) for r in part[part["status"] != "ok"].to_dict("records")}
+        assert failed, "some cells of this length failed"
+        best = drawn.loc[(drawn["kind"] == "baseline") & (drawn["panel"] == panel), "value"].item()
+        assert any(set(line.get_xdata()) == {best} and line.get_color() == _style.BASELINE for line in axes.lines)
+    assert "Letters: T timed out" in figure.get_supxlabel().replace("\n", " ")
+
+
 def test_shares_of_the_roofline_above_one_are_explained(few):
     from attnbench.figures import efficiency
 

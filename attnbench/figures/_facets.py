@@ -1,4 +1,7 @@
-"""A metric against sequence length, in panels: what most figures are. Failures stand at their length, above the axes."""
+"""A metric against sequence length, in panels: what most figures are. Failures stand at their length, above the axes.
+
+Of one length a row a series is drawn instead, with failures in their rows.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from attnbench import frame, metrics, references, series, stats
+from attnbench.figures import _dots
 from attnbench.figures._multiples import baseline, draw, failures
 from attnbench.figures._style import paper
 from attnbench.metrics import METRICS
@@ -54,6 +58,7 @@ class Facets:
     def _cited(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         metric = METRICS[self.metric]
         found = references.beside(rows, metric.column) if self.by == "mode" else []
+        measured = set(rows["n"])
         several = len({json.dumps(one.params, sort_keys=True) for one in found}) > 1
         return [
             {
@@ -64,6 +69,7 @@ class Facets:
             }
             for one in found
             for n, value in one.values.items()
+            if n in measured or len(measured) > 1  # a single length has no axis on which others stand
         ]  # fmt: skip
 
     def _points(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
@@ -111,7 +117,8 @@ class Facets:
         if len(list(series.groups(rows))) > 1:
             raise ValueError("the table mixes devices, suites or conditions: split it with attnbench.series.groups")
         with paper():
-            return draw(drawn, self._caption(drawn, rows), METRICS[self.metric], columns)
+            make = draw if drawn["n"].nunique() > 1 else _dots.draw
+            return make(drawn, self._caption(drawn, rows), METRICS[self.metric], columns)
 
     def _caption(self, drawn: pd.DataFrame, rows: pd.DataFrame) -> str:
         metric = METRICS[self.metric]
@@ -131,11 +138,13 @@ class Facets:
             parts.append("Grey: the best dense method at each length.")
         cited = drawn[drawn["kind"] == "cited"]
         if len(cited):
-            parts.append(f"Hollow markers on dotted lines: cited, not measured here. {'. '.join(sorted(cited['ran'].unique()))}.")
+            lines = " on dotted lines" if drawn["n"].nunique() > 1 else ""
+            parts.append(f"Hollow markers{lines}: cited, not measured here. {'. '.join(sorted(cited['ran'].unique()))}.")
         exact = drawn[(drawn["kind"] == "exact") & (drawn["status"] == "ok")]
         if len(exact):
             parts.append(f"Not drawn: exact methods ({', '.join(sorted(exact['series'].unique()))}), at {_span(exact['value'])}.")
-        parts.append(failures(drawn[drawn["kind"] == "series"]))
+        where = "Above the axes" if drawn["n"].nunique() > 1 else "Letters"
+        parts.append(failures(drawn[drawn["kind"] == "series"], where))
         return " ".join(part for part in parts if part)
 
 

@@ -72,10 +72,10 @@ def draw(
     return figure
 
 
-def failures(drawn: pd.DataFrame) -> str:
-    """What the letters above the axes say; empty where nothing failed."""
+def failures(drawn: pd.DataFrame, where: str = "Above the axes") -> str:
+    """What the letters say that stand `where`; empty where nothing failed."""
     failed = [s for s in LETTERS if s in set(drawn["status"])]
-    return "Above the axes: " + ", ".join(f"{LETTERS[s]} {WORDS[s]}" for s in failed) + "." if failed else ""
+    return f"{where}: " + ", ".join(f"{LETTERS[s]} {WORDS[s]}" for s in failed) + "." if failed else ""
 
 
 def baseline(points: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:

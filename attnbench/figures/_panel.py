@@ -188,17 +188,23 @@ def legend(axes: Axes, title: str, entries: Sequence[tuple[str, dict[str, Any]]]
 
 def fit(axes: Sequence[Axes], drawn: pd.DataFrame, metric: Metric) -> None:
     """One value axis for all panels, wide enough for every point."""
+    if metric.scale == "linear":
+        axes[0].set_ylim(*span(drawn, metric))
+        return
+    axes[0].set_yscale("log")
+    axes[0].set_ylim(*span(drawn, metric))
+    for one in axes:
+        plain(one.yaxis)
+
+
+def span(drawn: pd.DataFrame, metric: Metric) -> tuple[float, float]:
+    """Ends of an axis with room for every value and range."""
     values = pd.concat([drawn["value"], drawn["low"], drawn["high"]]).dropna()
     if metric.scale == "linear":
         pad = 0.05 * max(float(values.max() - values.min()), 1e-3)
-        axes[0].set_ylim(float(values.min()) - pad, float(values.max()) + pad)
-        return
-    axes[0].set_yscale("log")
+        return float(values.min()) - pad, float(values.max()) + pad
     positive = values[values > 0]
-    if len(positive):
-        axes[0].set_ylim(float(positive.min()) / 1.3, float(positive.max()) * 1.3)
-    for one in axes:
-        plain(one.yaxis)
+    return (float(positive.min()) / 1.3, float(positive.max()) * 1.3) if len(positive) else (0.1, 1.0)
 
 
 def plain(axis: Any) -> None:

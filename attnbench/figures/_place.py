@@ -72,8 +72,8 @@ def _candidates(x: float, y: float, wide: float, high: float) -> Iterator[_Box]:
 
 
 def _cost(box: _Box, taken: Sequence[_Box], bounds: _Box, point: Point) -> float:
-    """Area covered, then area outside the axes and what the thin line crosses, then distance."""
-    covered = sum(_overlap(box, other) for other in taken)
+    """How many things are covered and with what area, then area outside the axes and what the thin line crosses, then distance."""
+    covered = sum(10 + area for other in taken if (area := _overlap(box, other)))
     crossed = sum(_crosses(point, box, other) for other in taken) if _away(box, point) else 0
     area = (box[2] - box[0]) * (box[3] - box[1])
     outside = area - _overlap(box, bounds)
