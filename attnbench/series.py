@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from attnbench import registry, stats
@@ -130,6 +131,34 @@ def panel_order(panels: Iterable[str]) -> list[str]:
     """Modes and input profiles in the order in which the suite knows them, then others by name."""
     known = [*CHOICES["mode"], *PROFILES]
     return sorted(panels, key=lambda p: (known.index(p) if p in known else len(known), natural(p)))
+
+
+FILE = "file:"
+"""What an input profile begins with whose tensors were captured to a file."""
+
+
+def profile_titles(profiles: Iterable[str]) -> dict[str, str]:
+    """Input profile -> what figures and tables call it.
+
+    `file:FOLDER/3-NAME.safetensors`, as `attnbench capture` names them, is `layer 3`, unless these are layers of several models.
+    """
+    known = sorted(set(profiles))
+    titles = {profile: _layer(profile) for profile in known}
+    return titles if len(set(titles.values())) == len(known) else {profile: profile for profile in known}
+
+
+def _layer(profile: str) -> str:
+    if not profile.startswith(FILE):
+        return profile
+    stem = PurePath(profile.removeprefix(FILE)).stem
+    match = re.match(r"(\d+)-", stem)
+    return f"layer {int(match[1])}" if match else stem
+
+
+def captured(profiles: Iterable[str]) -> str:
+    """Where the layers among input profiles come from, in a sentence; empty where there are none."""
+    folders = sorted({str(PurePath(p.removeprefix(FILE)).parent) for p in profiles if p.startswith(FILE)})
+    return f"Layers: inputs that `attnbench capture` wrote to {', '.join(folders)}." if folders else ""
 
 
 def describe(rows: pd.DataFrame) -> str:

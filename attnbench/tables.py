@@ -154,9 +154,10 @@ def _fidelity(group: series.Group, lengths: Sequence[int] | None) -> Table:
     ]
     caption = (
         f"{series.describe(rows)}. {series.settings(rows)}Relative error against float64 softmax attention, median over seeds; "
-        "in brackets the softmax mass recalled."
+        f"in brackets the softmax mass recalled. {series.captured(rows['profile'])}".rstrip()
     )
-    return Table(f"{group.suite}-{group.place}", caption, ("method", "family", *(f"{p}, N={n}" for p, n in columns)), tuple(lines))
+    titles = series.profile_titles(rows["profile"])
+    return Table(f"{group.suite}-{group.place}", caption, ("method", "family", *(f"{titles[p]}, N={n}" for p, n in columns)), tuple(lines))
 
 
 def _distance(cell: pd.DataFrame) -> str:

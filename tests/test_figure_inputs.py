@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 import synthetic
 
-from attnbench import frame
+from attnbench import frame, tables
 from attnbench.figures import inputs
 
 if TYPE_CHECKING:
@@ -70,3 +70,12 @@ def test_layers_of_two_models_keep_their_paths_and_no_capture_draws_nothing(tmp_
     both = ["file:one/0-a.safetensors", "file:two/0-b.safetensors"]
     assert set(inputs.data(table_of(tmp_path / "two", both))["profile"]) == set(both)
     assert inputs.data(table_of(tmp_path / "none", ["randn"])).empty
+
+
+def test_tables_call_layers_as_the_map_does_and_say_where_they_come_from(tmp_path: Path) -> None:
+    (table,) = tables.report(table_of(tmp_path / "one", ["randn", *FILES]), [512])
+    assert table.header[2:] == ("randn, N=512", "layer 0, N=512", "layer 2, N=512", "layer 10, N=512")
+    assert table.caption.endswith("Layers: inputs that `attnbench capture` wrote to somewhere.")
+    two = [FILES[0], FILES[0].replace("somewhere", "elsewhere")]
+    (table,) = tables.report(table_of(tmp_path / "two", two), [512])
+    assert sorted(table.header[2:]) == sorted(f"{path}, N=512" for path in two)

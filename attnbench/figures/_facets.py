@@ -75,9 +75,10 @@ class Facets:
     def _points(self, rows: pd.DataFrame) -> list[dict[str, Any]]:
         metric = METRICS[self.metric]
         rows = rows.assign(series=series.labels(rows), **self._range(rows))
+        titles = series.profile_titles(rows["profile"]) if self.by == "profile" else {}
         pairs, again = series.pairs(rows), set(rows.loc[rows["replicate"] > 0, "series"])
         found: list[dict[str, Any]] = []
-        for _, cell in rows[rows["replicate"] == 0].groupby([self.by, "series", "n"], sort=True):
+        for (panel, *_), cell in rows[rows["replicate"] == 0].groupby([self.by, "series", "n"], sort=True):
             failed = [s for s in cell["status"] if s != "ok"]
             value = np.nan if failed else float(cell["_value"].median()) / metric.divide
             if not failed and np.isnan(value):
@@ -87,7 +88,7 @@ class Facets:
             noise = stats.floor(pairs, float(first["time_s"])) if not failed and metric.of_time and first["series"] in again else None
             found.append({
                 "kind": "series" if self.dense or not series.exact(str(first["method"])) else "exact",
-                "panel": str(first[self.by]), "family": str(family or "other"), "series": first["series"], "label": first["label"],
+                "panel": titles.get(str(panel), str(panel)), "family": str(family or "other"), "series": first["series"], "label": first["label"],
                 "method": first["method"], "params": first["params"], "ran": first["implementation"], "n": int(first["n"]), "value": value,
                 "low": np.nan if failed else float(cell["_low"].min()) / metric.divide,
                 "high": np.nan if failed else float(cell["_high"].max()) / metric.divide,
@@ -151,7 +152,7 @@ class Facets:
 def _of_one_length(rows: pd.DataFrame) -> pd.Series[bool]:
     """Whether each row is of inputs from a file that were read at one length alone."""
     lengths: pd.Series[int] = rows.groupby("profile")["n"].transform("nunique")
-    return rows["profile"].str.startswith("file:") & (lengths == 1)
+    return rows["profile"].str.startswith(series.FILE) & (lengths == 1)
 
 
 def _span(values: pd.Series[float]) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -15,7 +13,6 @@ from attnbench import frame, series
 from attnbench.figures._style import LETTERS, WIDTHS, WORDS, paper, wrapped
 
 NAME = "inputs"
-_FILE = "file:"
 _COLOURS = "cividis_r"
 """Matplotlib's name of a scale that colour-blind readers see as others do; dark is far from softmax."""
 _LIMITS = 0.01, 3.0
@@ -36,16 +33,14 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
     series.one_device(table)
     rows = frame.current(table)
     rows = rows[(rows["task"] == "fidelity") & (rows["replicate"] == 0)]
-    captured = rows[rows["profile"].str.startswith(_FILE) & (rows["status"] == "ok")]
+    captured = rows[rows["profile"].str.startswith(series.FILE) & (rows["status"] == "ok")]
     if captured.empty:
         return pd.DataFrame()
     rows = rows[rows["n"] == captured["n"].max()]
     rows = rows[[not series.exact(str(name)) for name in rows["method"]]]
     if rows.empty or not (rows["status"] == "ok").any():
         return pd.DataFrame()
-    names = {source: _short(source) for source in rows["profile"].unique()}
-    if len(set(names.values())) < len(names):  # layers of several models
-        names = {source: source for source in names}
+    names = series.profile_titles(rows["profile"])
     rows = rows.assign(series=series.labels(rows))
     return pd.DataFrame([_cell(part, names) for _, part in rows.groupby(["series", "profile"], sort=True)])
 
@@ -57,15 +52,6 @@ def _cell(part: pd.DataFrame, names: dict[str, str]) -> dict[str, Any]:
         "source": first["profile"], "n": int(first["n"]), "status": failed[0] if failed else "ok",
         "value": np.nan if failed else float(part["rel_error"].median()),
     }  # fmt: skip
-
-
-def _short(profile: str) -> str:
-    """`file:FOLDER/3-NAME.safetensors`, as `attnbench capture` names them -> `layer 3`."""
-    if not profile.startswith(_FILE):
-        return profile
-    stem = PurePath(profile.removeprefix(_FILE)).stem
-    match = re.match(r"(\d+)-", stem)
-    return f"layer {int(match[1])}" if match else stem
 
 
 def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
@@ -97,7 +83,7 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
         axes.spines[:].set_visible(False)
         for edge in [i for i in range(1, len(order)) if order[i][0] != order[i - 1][0]]:
             axes.axhline(edge - 0.5, color="white", linewidth=1.6)
-        axes.axvline(sum(not s.startswith(_FILE) for s in drawn["source"].unique()) - 0.5, color="white", linewidth=3)
+        axes.axvline(sum(not s.startswith(series.FILE) for s in drawn["source"].unique()) - 0.5, color="white", linewidth=3)
         figure.colorbar(image, ax=axes, label="relative error against softmax", extend="both", aspect=40, pad=0.01)
         figure.supxlabel(text, fontsize=5.5, color="#444444", x=0.01, ha="left", linespacing=1.25)
     return figure
@@ -105,17 +91,16 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
 
 def _ordered(drawn: pd.DataFrame) -> list[str]:
     """Generated inputs, then captured ones."""
-    files = drawn["source"].str.startswith(_FILE)
+    files = drawn["source"].str.startswith(series.FILE)
     captured = sorted(drawn.loc[files, "profile"].unique(), key=series.natural)
     return series.panel_order(drawn.loc[~files, "profile"].unique()) + captured
 
 
 def _caption(table: pd.DataFrame, drawn: pd.DataFrame) -> str:
     rows = table[(table["task"] == "fidelity") & (table["n"] == drawn["n"].iloc[0])]
-    folders = sorted({str(PurePath(s.removeprefix(_FILE)).parent) for s in drawn["source"] if s.startswith(_FILE)})
     failed = sorted(set(drawn["status"]) - {"ok"})
     parts = [
-        f"{series.describe(rows)}, N={drawn['n'].iloc[0]}. Layers: inputs that `attnbench capture` wrote to {', '.join(folders)}.",
+        f"{series.describe(rows)}, N={drawn['n'].iloc[0]}. {series.captured(drawn['source'])}",
         f"Median over {rows['seed'].nunique()} seeds." if rows["seed"].nunique() > 1 else "",
         f"Letters: {', '.join(f'{LETTERS[s]} {WORDS[s]}' for s in failed)}." if failed else "",
         series.settings(rows[[not series.exact(str(name)) for name in rows["method"]]]),
