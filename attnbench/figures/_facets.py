@@ -88,9 +88,9 @@ class Facets:
             noise = stats.floor(pairs, float(first["time_s"])) if not failed and metric.of_time and first["series"] in again else None
             found.append({
                 "kind": "series" if self.dense or not series.exact(str(first["method"])) else "exact",
-                "panel": titles.get(str(panel), str(panel)), "family": str(family or "other"), "series": first["series"], "label": first["label"],
-                "method": first["method"], "params": first["params"], "ran": first["implementation"], "n": int(first["n"]), "value": value,
-                "low": np.nan if failed else float(cell["_low"].min()) / metric.divide,
+                "panel": titles.get(str(panel), str(panel)), "family": str(family or "other"), "series": first["series"],
+                "label": first["label"], "method": first["method"], "params": first["params"], "ran": first["implementation"],
+                "n": int(first["n"]), "value": value, "low": np.nan if failed else float(cell["_low"].min()) / metric.divide,
                 "high": np.nan if failed else float(cell["_high"].max()) / metric.divide,
                 "status": failed[0] if failed else "ok",
                 "floor": noise.relative if noise else np.nan,
