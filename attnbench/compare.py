@@ -112,10 +112,10 @@ def fastest(rows: Sequence[dict[str, Any]], again: Sequence[tuple[float, float]]
 
 
 class _Side:
-    """One side's first measurements, the A/A pairs of the table they come from, and the series' name where it is one series."""
+    """One side's first measurements, A/A pairs of their table by suite, device and mode, and the series' name where it is one series."""
 
     def __init__(
-        self, rows: pd.DataFrame, names: pd.Series[str], again: dict[tuple[str, str], list[tuple[float, float]]], name: str = ""
+        self, rows: pd.DataFrame, names: pd.Series[str], again: dict[tuple[str, str, str], list[tuple[float, float]]], name: str = ""
     ) -> None:
         self.rows = rows[rows["replicate"] == 0].assign(series=names)
         self.again = again
@@ -127,9 +127,9 @@ class _Side:
         return {tuple(row[key] for key in keys): row for row in rows}
 
 
-def _again(table: pd.DataFrame) -> dict[tuple[str, str], list[tuple[float, float]]]:
-    """(suite, device) -> A/A pairs of times."""
-    return {(str(s), str(d)): series.pairs(rows) for (s, d), rows in table.groupby(["suite", "device"])}
+def _again(table: pd.DataFrame) -> dict[tuple[str, str, str], list[tuple[float, float]]]:
+    """(suite, device, mode) -> A/A pairs of times."""
+    return {(str(s), str(d), str(m)): series.pairs(rows, str(m)) for (s, d, m), rows in table.groupby(["suite", "device", "mode"])}
 
 
 def _paired(a: _Side, b: _Side, keys: Sequence[str]) -> list[Comparison]:
@@ -149,7 +149,7 @@ def _compare(a: dict[str, Any] | None, b: dict[str, Any] | None, side_a: _Side, 
     sides = [(a, side_a), (b, side_b)]
     measured = [(row, side) for row, side in sides if row and frame.timed(row)]
     near = min((float(row["time_s"]) for row, _ in measured), default=None)
-    noise = [f for row, side in measured if (f := stats.floor(side.again.get((row["suite"], row["device"]), ()), near))]
+    noise = [f for row, side in measured if (f := stats.floor(side.again.get((row["suite"], row["device"], row["mode"]), ()), near))]
     floor = max(noise, key=lambda f: f.relative) if len(measured) == 2 and noise else None
     ratio = stats.ratio(*(row["samples_s"] for row, _ in measured)) if len(measured) == 2 else None
     time_a, time_b = (float(row["time_s"]) if row and frame.timed(row) else None for row, _ in sides)

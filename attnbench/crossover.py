@@ -118,10 +118,10 @@ def find(table: pd.DataFrame, against: str, metric: str = "latency", mode: str |
 
 
 def _of_group(group: series.Group, against: str, metric: str, mode: str | None) -> Iterator[Crossover]:
-    names, again = series.labels(group.rows), series.pairs(group.rows)
-    rows = group.rows.assign(series=names)
+    rows = group.rows.assign(series=series.labels(group.rows))
     rows = rows[rows["replicate"] == 0]
     for each in CHOICES["mode"]:
+        again = series.pairs(group.rows, each)
         part = rows[rows["mode"] == each] if mode in (None, each) else rows.iloc[:0]
         bases = [base for _, base in part[part["label"] == against].groupby("params", sort=True)]
         others = [own for _, own in part[part["label"] != against].groupby("series", sort=True)]

@@ -86,11 +86,12 @@ def find(attempts: pd.DataFrame) -> list[Drift]:
 
 
 def _of(rows: pd.DataFrame) -> Iterator[Drift]:
-    again = series.pairs(frame.current(rows))
+    current = frame.current(rows)
+    again = {str(mode): series.pairs(current, str(mode)) for mode in current["mode"].unique()}
     for _, cell in rows.assign(series=series.labels(rows)).groupby(_CELL, sort=False):
         if len(cell) > 1:
             records = [{str(k): v for k, v in row.items()} for row in cell.to_dict("records")]
-            yield _between(records[0], records[-1], len(cell), again)
+            yield _between(records[0], records[-1], len(cell), again[records[0]["mode"]])
 
 
 def _between(first: dict[str, Any], last: dict[str, Any], attempts: int, again: Sequence[tuple[float, float]]) -> Drift:

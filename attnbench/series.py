@@ -184,19 +184,23 @@ def _listed(values: list[Any]) -> str:
 
 def noise(table: pd.DataFrame) -> str:
     """The noise floor of the table's A/A pairs in words, from the quietest duration to the noisiest; empty without pairs."""
-    known = pairs(table)
-    floors = sorted(f.relative for a, b in known if (f := stats.floor(known, math.sqrt(a * b))))
+    known = [pairs(table, mode) for mode in table["mode"].unique()] if len(table) else []
+    floors = sorted(f.relative for alike in known for a, b in alike if (f := stats.floor(alike, math.sqrt(a * b))))
     if not floors:
         return ""
     low, high = f"{floors[0]:.1%}", f"{floors[-1]:.1%}"
-    count = f"{len(known)} A/A {'pair' if len(known) == 1 else 'pairs'}"
+    count = f"{len(floors)} A/A {'pair' if len(floors) == 1 else 'pairs'}"
     return f"{low} over {count}" if low == high else f"{low} to {high} by duration, over {count}"
 
 
-def pairs(table: pd.DataFrame) -> list[tuple[float, float]]:
-    """Median times `(first, again)` of every A/A pair, in seconds; a pair ran the same code in one environment."""
+def pairs(table: pd.DataFrame, mode: str) -> list[tuple[float, float]]:
+    """Median times `(first, again)` of every A/A pair of a mode, in seconds; a pair ran the same code in one environment.
+
+    Modes are apart, since a host takes several times as long to launch a backward pass as a forward pass, and errs as much more.
+    """
     if table.empty:
         return []
+    table = table[table["mode"] == mode]
     keys = ["suite", "device", "env_id", "commit", "implementation", "label", "params", "task", "mode", "n", *CONDITIONS]
     measured = table[table["time_s"].notna()]
     again = measured[measured["replicate"] > 0]

@@ -50,7 +50,7 @@ def _wanted(rows: pd.DataFrame, lengths: Sequence[int] | None) -> list[int]:
 
 def _speed(group: series.Group, mode: str, accuracy: pd.DataFrame, lengths: Sequence[int] | None) -> Table:
     rows = group.rows[(group.rows["mode"] == mode) & (group.rows["replicate"] == 0)]
-    noise, again = series.noise(group.rows), series.pairs(group.rows)
+    noise, again = series.noise(group.rows[group.rows["mode"] == mode]), series.pairs(group.rows, mode)
     columns = _wanted(rows, lengths)
     base = {n: _best_dense(rows[rows["n"] == n]) for n in columns}
     measured = rows[(rows["status"] == "ok") & rows["n"].isin(columns)]
@@ -210,7 +210,7 @@ def _health(group: series.Group, lengths: Sequence[int] | None) -> Table:
     """A row for each method and input profile, at the longest length."""
     rows = group.rows[group.rows["replicate"] == 0]
     wanted = _wanted(rows, lengths)
-    rows, again = rows[rows["n"] == max(wanted, default=0)], series.pairs(group.rows)
+    rows = rows[rows["n"] == max(wanted, default=0)]
     lines = []
     for name, part in _named(rows):
         by_profile = {str(row["profile"]): row for row in _dicts(part)}
@@ -218,6 +218,7 @@ def _health(group: series.Group, lengths: Sequence[int] | None) -> Table:
         base = even if even and even["status"] == "ok" else None
         for profile in series.panel_order(by_profile):
             row = by_profile[profile]
+            again = series.pairs(group.rows, row["mode"])
             lines.append((*_head(name, part), profile, _time(row, base, again), *(_share(row.get(column)) for column in _HEALTH)))
     noise = series.noise(group.rows)
     caption = (

@@ -91,6 +91,6 @@ def test_files_tables_and_noise_floors_are_of_one_device(loaded, tmp_path):
     captions = [table.caption for table in tables.report(loaded)]
     assert all(("GPU A" in caption) != ("GPU B" in caption) for caption in captions)
     assert len(captions) == 6
-    pairs = series.pairs(loaded)
+    pairs = [pair for mode in ("forward", "forward+backward") for pair in series.pairs(loaded, mode)]
     assert len(pairs) == len(DEVICES) * 6
     assert all(max(pair) / min(pair) < 1.2 for pair in pairs), "no pair spans two devices, the slower of which takes three times as long"

@@ -144,7 +144,7 @@ def test_noise_band_covers_the_series_measured_twice(few):
     drawn = latency.data(few)
     assert set(drawn.loc[drawn["floor"].notna(), "label"]) == {"softmax@cudnn"}
     one = drawn[drawn["floor"].notna()].iloc[0]
-    noise = stats.floor(series.pairs(few), one["value"] / 1e3)
+    noise = stats.floor(series.pairs(few, "forward"), one["value"] / 1e3)
     assert noise is not None
     assert one["floor"] == noise.relative
     figure = latency.build(few)

@@ -94,7 +94,7 @@ def test_groups_split_devices_and_conditions(tmp_path):
 def test_noise_pairs_are_the_same_cell_twice(tmp_path):
     first, again, other = synthetic.case("softmax"), synthetic.case("softmax", replicate=1), synthetic.case("softmax", n=64)
     records = [synthetic.ok(cell, t, spread=0) for cell, t in ((first, 1.0), (again, 1.02), (other, 5.0))]
-    assert series.pairs(table(tmp_path, records)) == [(1.0, 1.02)]
+    assert series.pairs(table(tmp_path, records), "forward") == [(1.0, 1.02)]
     assert series.noise(table(tmp_path, [])) == "28.6% over 1 A/A pair"  # t of one degree of freedom
     assert series.noise(table(tmp_path / "none", records[:1])) == ""
 

@@ -38,7 +38,7 @@ def test_a_cell_measured_twice_does_not_differ_beyond_the_floor_of_the_other_pai
     """Recorded A/A pairs in turn, each resampled and held against the floor that the suite's other pairs give."""
     first, again = (measured[(measured["replicate"] > 0) == twice] for twice in (False, True))
     joined = first.merge(again, on=KEYS, suffixes=("_a", "_b"))
-    cases = [case for _, rows in joined.groupby(["suite", "device"]) if len(rows) > 3 for case in held_out(rows)]
+    cases = [case for _, rows in joined.groupby(["suite", "device", "mode"]) if len(rows) > 3 for case in held_out(rows)]
     assert len(cases) >= 20, "the committed results hold A/A pairs"
     random = np.random.default_rng(1)
     called = bare = 0

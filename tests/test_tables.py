@@ -66,7 +66,7 @@ def test_inseparable_speed_ups_are_marked(tmp_path):
 
 def test_captions_state_the_conditions(report):
     caption = report["speed-test-gpu-80gb-forward"].caption
-    for part in ("Test GPU 80GB", "B=1", "H=16", "D=64", "bfloat16", "L2 cold", "forward.", "MiTA: landmarks=64, topk=64", "6 A/A pairs"):
+    for part in ("Test GPU 80GB", "B=1", "H=16", "D=64", "bfloat16", "L2 cold", "forward.", "MiTA: landmarks=64, topk=64", "3 A/A pairs"):
         assert part in caption
 
 

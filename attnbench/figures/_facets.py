@@ -76,7 +76,8 @@ class Facets:
         metric = METRICS[self.metric]
         rows = rows.assign(series=series.labels(rows), **self._range(rows))
         titles = series.profile_titles(rows["profile"]) if self.by == "profile" else {}
-        pairs, again = series.pairs(rows), set(rows.loc[rows["replicate"] > 0, "series"])
+        pairs = {str(mode): series.pairs(rows, str(mode)) for mode in rows["mode"].unique()}
+        again = set(rows.loc[rows["replicate"] > 0, "series"])
         found: list[dict[str, Any]] = []
         for (panel, *_), cell in rows[rows["replicate"] == 0].groupby([self.by, "series", "n"], sort=True):
             failed = [s for s in cell["status"] if s != "ok"]
@@ -85,7 +86,8 @@ class Facets:
                 continue  # measured, but this metric does not exist for it
             first = cell.iloc[0]
             family = series.family(str(first["method"]))
-            noise = stats.floor(pairs, float(first["time_s"])) if not failed and metric.of_time and first["series"] in again else None
+            banded = metric.of_time and first["series"] in again and not failed
+            noise = stats.floor(pairs[first["mode"]], float(first["time_s"])) if banded else None
             found.append({
                 "kind": "series" if self.dense or not series.exact(str(first["method"])) else "exact",
                 "panel": titles.get(str(panel), str(panel)), "family": str(family or "other"), "series": first["series"],

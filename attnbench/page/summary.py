@@ -75,11 +75,10 @@ def _widest(rows: pd.DataFrame) -> _Field | None:
     measured = rows[(rows["task"] == "speed") & rows["time_s"].notna() & (rows["replicate"] == 0)]
     found = []
     for group in series.groups(rows[rows["task"] == "speed"]):
-        again = series.pairs(group.rows)
         for mode in series.panel_order(group.rows["mode"].unique()):
             part = measured[measured.index.isin(group.rows.index) & (measured["mode"] == mode)]
             if len(part):
-                found.append(_Field(group, mode, part.assign(series=series.labels(part)), again))
+                found.append(_Field(group, mode, part.assign(series=series.labels(part)), series.pairs(group.rows, mode)))
     return max(found, key=lambda f: (f.rows["method"].nunique(), len(f.rows)), default=None)
 
 
