@@ -12,11 +12,12 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
+from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from multiprocessing.connection import Connection
     from multiprocessing.context import SpawnProcess
 
@@ -117,28 +118,35 @@ class Worker:
 
     def _ensure(self) -> Connection:
         if self._pipe is None:
-            context = multiprocessing.get_context("spawn")
-            handle, name = tempfile.mkstemp(prefix="attnbench-worker-", suffix=".log")
-            os.close(handle)
-            self._log = Path(name)
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, self.setup, self.arguments, name), daemon=True)
-            self._process.start()
-            theirs.close()
-            self.starts += 1
-            self._await_ready()
+            with self._ending, _uninterrupted():  # who stops it meanwhile waits until there is a process to end
+                pipe = self._start()
+            self._await_ready(pipe)
+            return pipe
         return self._pipe
 
-    def _await_ready(self) -> None:
+    def _start(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        pipe, theirs = context.Pipe()
+        handle, name = tempfile.mkstemp(prefix="attnbench-worker-", suffix=".log")
+        os.close(handle)
+        process = context.Process(target=_serve, args=(theirs, self.setup, self.arguments, name), daemon=True)
+        process.start()
+        theirs.close()
+        self._process, self._pipe, self._log = process, pipe, Path(name)
+        self.starts += 1
+        return pipe
+
+    def _await_ready(self, pipe: Connection) -> None:
         """Wait until the process has imported what it needs, so that a cell's time is its own."""
-        assert self._pipe is not None, "no process to wait for"
         try:
-            if not self._pipe.poll(_START_S):
+            if not pipe.poll(_START_S):
                 self.stop()
                 raise WorkerHungError(f"worker did not start within {_START_S} s")
-            self._pipe.recv()
+            pipe.recv()
         except (EOFError, ConnectionResetError):
             raise WorkerDiedError(self._epitaph()) from None
+        except OSError:
+            raise WorkerDiedError("worker stopped") from None  # by another thread, which closed the pipe
 
     def _epitaph(self) -> str:
         with self._ending:
@@ -163,6 +171,17 @@ class Worker:
             pipe.close()
         if log is not None:
             log.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Hold interrupts of this thread back; a process started meanwhile inherits that, and is not interrupted while it imports."""
+    ensure_running()  # else starting a process does it, which lets interrupts through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _serve(pipe: Connection, setup: Callable[..., Callable[[Any], Reply]], arguments: tuple[Any, ...], log: str) -> None:
