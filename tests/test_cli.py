@@ -25,7 +25,7 @@ from attnbench.record import Memory, Record, Status, Timing
 FLAGS = {
     "": {"--version", "--install-completion", "--show-completion", "--help", "-h"},
     "capture": {"--out", "--data", "--n", "--batch", "--device", "--json"},
-    "check": {"--all", "--device", "--json", "--plugin"},
+    "check": {"--all", "--concurrent", "--device", "--json", "--plugin"},
     "compare": {"--results", "--drift", "--json"},
     "crossover": {"--against", "--metric", "--mode", "--json"},
     "env": {"--device", "--json"},
@@ -96,6 +96,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("show softmax --heads 0", "heads = 0 is not a size"),
         ("check nothing", "unknown method 'nothing'"),
         ("check", "name a method, or give --all"),
+        ("check softmax --concurrent 0", "--concurrent 0: no check would run: give at least 1"),
         ("taxonomy --scaling routes", "unknown scaling 'routes': choose from"),
         ("plan sped", "unknown suite 'sped': did you mean speed?"),
         ("plan quick --axis n", "--axis n: there is no '='"),

@@ -1,4 +1,4 @@
-"""Progress of a sweep on stderr."""
+"""Progress on stderr, of a sweep and of checks."""
 
 import sys
 from types import TracebackType
@@ -9,10 +9,18 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from attnbench.case import Case
     from attnbench.isolate import Progress as CellProgress
     from attnbench.record import Record
     from attnbench.runner import Event
+
+
+def _bars(console: Console, *, live: bool, transient: bool = False) -> Progress:
+    """Bars with the count, the time taken and left, and a text; `transient` ones leave nothing behind."""
+    columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    return Progress(*columns, console=console, disable=not live, transient=transient)
 
 
 class Reporter:
@@ -27,9 +35,7 @@ class Reporter:
         self.quiet, self.echo, self.done = quiet, echo, 0
         self._console = Console(stderr=True, soft_wrap=True)
         self._live = sys.stderr.isatty() and not quiet
-        times = TimeElapsedColumn(), TimeRemainingColumn()
-        columns = (BarColumn(bar_width=16), MofNCompleteColumn(), *times, TextColumn("{task.description}"))
-        self._progress = Progress(*columns, console=self._console, disable=not self._live)
+        self._progress = _bars(self._console, live=self._live)
         self._task = self._progress.add_task("starting", total=None)
         self._cells: dict[Case, TaskID] = {}
 
@@ -71,3 +77,35 @@ class Reporter:
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False)
+
+
+class Tally:
+    """A bar of how many of some like things are done, with the one that has run longest; shown while they run, on a terminal alone."""
+
+    def __init__(self, names: "Sequence[str]") -> None:
+        self._names = names
+        self._running: dict[int, None] = {}
+        self._progress = _bars(Console(stderr=True, soft_wrap=True), live=sys.stderr.isatty(), transient=True)
+        self._task = self._progress.add_task("starting", total=len(names))
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def start(self, place: int) -> None:
+        """The thing at this place runs."""
+        self._running[place] = None
+        self._show(0)
+
+    def end(self, place: int) -> None:
+        """The thing at this place is done."""
+        del self._running[place]
+        self._show(1)
+
+    def _show(self, done: int) -> None:
+        first = escape(self._names[next(iter(self._running))]) if self._running else ""
+        more = f", and {len(self._running) - 1} more" if len(self._running) > 1 else ""
+        self._progress.update(self._task, advance=done, description=first + more)
