@@ -1,115 +1,140 @@
 """Dashed paths that grow on a canvas, in many images at once, and keep apart from each other.
 
-Lengths are counted in moves of a king: a step goes one row or one column, whichever is more.
+Lengths are counted in moves of a king: a step goes one row or one column, whichever is more. Pixels are places in one flat array that
+holds all images, and what lies between pixels is counted in whole numbers: the same paths on every machine, in few passes over few bytes.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import numpy as np
 
 GAP, APART = 1, 2
 """blank pixels between dashes of a path, and between paths, at least"""
-BORDER = 8
-"""pixels around the image that are never drawn on"""
-_HEADINGS, _TURN = 12, 1.0
-"""headings tried for a dash, and the largest turn in radians"""
+BORDER = 16
+"""pixels around the image that are never drawn on: none that is asked for lies farther out"""
+_PIXEL = 1 << 16
+"""the side of a pixel, as places between pixels are counted"""
+_CIRCLE = 1 << 12
+"""headings there are"""
+_TRIED, _TURN = 12, round(_CIRCLE / (2 * np.pi))
+"""headings tried for a dash, and the largest turn: one radian"""
 _AHEAD = 9
 """pixels that a heading looks ahead: the first that sees most of them free is taken"""
-POINT = np.zeros((1, 2), int)
-"""the offset of a pixel from itself"""
+POINT = 0.0
+"""the radius of a dot that is one pixel"""
 
 
 class Canvas:
-    """Which pixels are drawn and which are too near to them, `[C, S + borders, S + borders]`; borders count as near."""
+    """Which pixels are drawn and which are too near to them, `[C, W, W]`, W = S + borders; borders count as near."""
 
     def __init__(self, count: int, side: int) -> None:
-        self.side = side
-        self.ink = np.zeros((count, side + 2 * BORDER, side + 2 * BORDER), bool)
+        self.side, self.width = side, side + 2 * BORDER
+        self.ink = np.zeros((count, self.width, self.width), bool)
         self.near = np.ones_like(self.ink)
         self.near[:, BORDER:-BORDER, BORDER:-BORDER] = False
 
-    def free(self, pixels: np.ndarray, near: np.ndarray, reach: np.ndarray) -> np.ndarray:
-        """Whether all `pixels: [C, .., P, 2]`, grown by offsets `reach: [R, 2]`, lie where `near` is not: `[C, ..]`."""
-        at = pixels[..., None, :] + reach + BORDER
-        image = np.arange(len(pixels)).reshape(-1, *[1] * (at.ndim - 2))
-        hit: np.ndarray = near[image, at[..., 0].clip(0, self.side + 2 * BORDER - 1), at[..., 1].clip(0, self.side + 2 * BORDER - 1)]
-        return np.asarray(~hit.any((-1, -2)))
-
     def keep(self, where: np.ndarray) -> None:
-        """Keep only the images `where: [C]`."""
+        """Keep only the images `where: [C]`, a mask or numbers."""
         self.ink, self.near = self.ink[where], self.near[where]
 
-    def stamp(self, target: np.ndarray, pixels: np.ndarray, reach: np.ndarray, where: np.ndarray) -> None:
-        """Set `target` at `pixels: [C, P, 2]`, grown by `reach`, in the images `where: [C]`."""
-        at = (pixels[where][:, :, None] + reach + BORDER).clip(0, self.side + 2 * BORDER - 1)
-        target[np.flatnonzero(where)[:, None, None], at[..., 0], at[..., 1]] = True
+    @property
+    def first(self) -> np.ndarray:
+        """The flat place of the first pixel of each image `[C, 1]`; without it, a place is one of the first image."""
+        return np.arange(len(self.ink))[:, None] * self.width**2
+
+    def around(self, pixels: np.ndarray, reach: np.ndarray) -> np.ndarray:
+        """Flat places `[.., R]` at offsets `reach: [R, 2]` of rows and columns from flat places `pixels: [..]`."""
+        grown: np.ndarray = pixels[..., None] + (reach[:, 0] * self.width + reach[:, 1])
+        return grown
+
+    def stamp(self, target: np.ndarray, pixels: np.ndarray, reach: np.ndarray) -> None:
+        """Set `target: [C, W, W]` at flat places of any shape, grown by offsets `reach: [R, 2]`."""
+        target.reshape(-1)[self.around(pixels, reach)] = True
 
 
-def draw(canvas: Canvas, pixels: np.ndarray, where: np.ndarray, dot: np.ndarray) -> None:
-    """Draw paths, and keep others away from them and from the dots that their tips may get."""
-    canvas.stamp(canvas.ink, pixels, POINT, where)
-    canvas.stamp(canvas.near, pixels, _square(APART), where)
-    canvas.stamp(canvas.near, pixels[:, [0, -1]], _sum(dot, _square(APART)), where)
+def draw(canvas: Canvas, pixels: np.ndarray, where: np.ndarray, dot: float) -> None:
+    """Draw paths `[C, P]` in the images `where: [C]`; keep others away from them and from the dots that their tips may get."""
+    places = (pixels + canvas.first)[where]
+    canvas.stamp(canvas.ink, places, disc(POINT))
+    canvas.stamp(canvas.near, places, _square(APART))
+    canvas.stamp(canvas.near, places[:, [0, -1]], _guard(dot))
 
 
-def grow(rng: np.random.Generator, canvas: Canvas, dashes: int, dash: int, dot: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One path an image: pixels `[C, dashes x dash, 2]` in order, and whether it came off `[C]`."""
-    count = len(canvas.ink)
-    near, done = canvas.near.copy(), np.ones(count, bool)
-    place, heading = np.zeros((count, 2)), np.zeros(count)
-    drawn: list[np.ndarray] = []
+def grow(rng: np.random.Generator, canvas: Canvas, dashes: int, dash: int, dot: float) -> tuple[np.ndarray, np.ndarray]:
+    """One path an image: pixels `[C, dashes x dash]` in order, as places of the first image, and whether it came off `[C]`."""
+    near, live = canvas.near.copy(), np.arange(len(canvas.ink))
+    drawn = np.zeros((len(live), dashes, dash), np.int64)
+    ends, taken = np.zeros((2, len(live)), np.int32), np.zeros(len(live), np.int32)
     for number in range(dashes):
-        tip = number in (0, dashes - 1)
-        starts, headings = _proposals(rng, place, heading, canvas.side, first=number == 0)
-        ahead = _dash(starts, headings, dash + _AHEAD)
-        pixels = ahead[:, :, :dash]
-        fits = canvas.free(pixels, near, POINT)
-        if tip:
-            fits &= canvas.free(pixels[:, :, [0 if number == 0 else -1]], near, dot)
-        room = canvas.free(ahead[:, :, :, None], near, POINT).cumprod(2).sum(2)
-        chosen = (fits * room).argmax(1)
-        done &= fits.any(1)
-        row = np.arange(count)
-        drawn.append(pixels[row, chosen])
-        heading = headings[row, chosen]
-        place = starts[row, chosen] + (dash - 1) * _king(heading)
+        starts, headings, ways = _onwards(rng, ends, taken) if number else _anywhere(rng, len(live), canvas.side)
+        ahead = _ahead(starts, ways, dash + _AHEAD, canvas.width) + canvas.first[live]
+        room = _room(near, ahead, dash)
+        if number in (0, dashes - 1):
+            tips = ahead[0 if number == 0 else dash - 1]
+            room[near.take(canvas.around(tips, disc(dot))).any(-1)] = 0
+        chosen = room.argmax(1)
+        row = np.flatnonzero(room.max(1))
+        chosen, live = chosen[row], live[row]
+        drawn[live, number] = ahead[:dash, row, chosen].T
         if number:
-            canvas.stamp(near, drawn[-2], _square(APART), done)
-            if number == 1:
-                canvas.stamp(near, drawn[0][:, :1], _sum(dot, _square(APART)), done)
-    return np.concatenate(drawn, 1), done
+            canvas.stamp(near, drawn[live, number - 1], _square(APART))
+        if number == 1:
+            canvas.stamp(near, drawn[live, 0, 0], _guard(dot))
+        ends, taken = starts[:, row, chosen] + (dash - 1) * ways[:, row, chosen], headings[row, chosen]
+    done = np.zeros(len(drawn), bool)
+    done[live] = True
+    return drawn.reshape(len(drawn), dashes * dash) - canvas.first, done
 
 
-def _proposals(
-    rng: np.random.Generator, place: np.ndarray, heading: np.ndarray, side: int, *, first: bool
-) -> tuple[np.ndarray, np.ndarray]:
-    """Starts `[C, T, 2]` and headings `[C, T]` of a dash: anywhere for the first, else behind a gap and turned."""
-    drawn = rng.random((3, len(place), _HEADINGS))
-    if first:
-        return np.moveaxis(drawn[:2], 0, -1) * side - 0.5, drawn[2] * 2 * np.pi
-    headings = heading[:, None] + (2 * drawn[0] - 1) * _TURN
-    return place[:, None] + (GAP + 1) * _king(headings), headings
+def _room(near: np.ndarray, ahead: np.ndarray, dash: int) -> np.ndarray:
+    """How many pixels of `ahead: [length, C, T]` come before the first that is near to something; 0 where a dash does not fit."""
+    free = ~near.take(ahead)
+    for i in range(1, len(free)):
+        free[i] &= free[i - 1]
+    room: np.ndarray = free.sum(0, dtype=np.uint8) * free[dash - 1]
+    return room
 
 
-def _king(heading: np.ndarray) -> np.ndarray:
-    """The step `[.., 2]` of one row or one column, whichever is more, in a direction."""
-    way = np.stack([np.sin(heading), np.cos(heading)], -1)
-    step: np.ndarray = way / np.abs(way).max(-1, keepdims=True)
+def _anywhere(rng: np.random.Generator, count: int, side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Starts `[2, C, T]`, headings `[C, T]` and steps `[2, C, T]` of a first dash."""
+    starts = rng.integers(BORDER * _PIXEL, (BORDER + side) * _PIXEL, (2, count, _TRIED), np.int32)
+    headings = rng.integers(0, _CIRCLE, (count, _TRIED), np.int32)
+    return starts, headings, _king().take(headings, 1)
+
+
+def _onwards(rng: np.random.Generator, ends: np.ndarray, headings: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The same of a dash that follows one with `headings: [C]` which ended at `ends: [2, C]`: behind a gap, and turned."""
+    turned = (headings[:, None] + rng.integers(-_TURN, _TURN, (len(headings), _TRIED), np.int32, endpoint=True)) & (_CIRCLE - 1)
+    ways = _king().take(turned, 1)
+    return ends[:, :, None] + (GAP + 1) * ways, turned, ways
+
+
+def _ahead(starts: np.ndarray, ways: np.ndarray, length: int, width: int) -> np.ndarray:
+    """Places `[length, C, T]` of the pixels that lie ahead, in an image by itself."""
+    steps = np.arange(length, dtype=np.int32)[:, None, None]
+    rows, columns = ((start + steps * way) >> 16 for start, way in zip(starts, ways, strict=True))
+    flat: np.ndarray = rows * np.int32(width) + columns
+    return flat
+
+
+@cache
+def _king() -> np.ndarray:
+    """The step `[2, headings]` of one row or one column, whichever is more, in each direction."""
+    angles = np.arange(_CIRCLE) * (2 * np.pi / _CIRCLE)
+    way = np.stack([np.sin(angles), np.cos(angles)])
+    step: np.ndarray = np.rint(_PIXEL * way / np.abs(way).max(0)).astype(np.int32)
     return step
 
 
-def _dash(start: np.ndarray, heading: np.ndarray, length: int) -> np.ndarray:
-    """Pixels `[.., length, 2]` of a dash."""
-    points = start[..., None, :] + np.arange(length)[:, None] * _king(heading)[..., None, :]
-    pixels: np.ndarray = np.floor(points + 0.5).astype(np.int64)
-    return pixels
-
-
+@cache
 def _square(reach: int) -> np.ndarray:
     """Offsets `[R, 2]` of all pixels within `reach` moves of a king."""
     return np.stack(np.meshgrid(*[np.arange(-reach, reach + 1)] * 2, indexing="ij"), -1).reshape(-1, 2)
 
 
+@cache
 def disc(radius: float) -> np.ndarray:
     """Offsets `[P, 2]` within a radius."""
     offsets = _square(int(radius))
@@ -117,6 +142,7 @@ def disc(radius: float) -> np.ndarray:
     return disc
 
 
-def _sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Offsets of one set from every offset of another."""
-    return np.unique((a[:, None] + b).reshape(-1, 2), axis=0)
+@cache
+def _guard(radius: float) -> np.ndarray:
+    """Offsets `[R, 2]` that are too near to a dot."""
+    return np.unique((disc(radius)[:, None] + _square(APART)).reshape(-1, 2), axis=0)

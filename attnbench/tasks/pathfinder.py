@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from attnbench.tasks.trained import Split
 
 _SMALLEST = 16
+_DRAWN_FOR_ONE = 3
+"""scenes begun for one that comes off, about"""
 
 
 @dataclass(frozen=True)
@@ -54,11 +56,6 @@ class Drawing:
         """Dashes of a distractor."""
         return self.dashes // 3
 
-    @property
-    def dot(self) -> np.ndarray:
-        """Offsets `[P, 2]` of the pixels of a dot."""
-        return _dashes.disc(self.radius)
-
 
 def drawing(n: int) -> Drawing:
     """Sizes for N pixels. Raises `UserError` where N is no square or too small for two paths."""
@@ -74,40 +71,39 @@ def batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
     """Images and whether their dots are connected, as many of each class. Raises `UserError` for N that is no square."""
     sizes, rng = drawing(n), generator("pathfinder", split, index, size, n, seed)
     labels = balanced(rng, size, 2)
-    images, distances = np.zeros((0, 2, n), bool), np.zeros(0, np.int64)
-    while len(images) < size:
-        drawn = _scenes(rng, 2 * size, sizes)
-        images, distances = (np.concatenate(pair)[:size] for pair in zip((images, distances), drawn, strict=True))
-    chosen = torch.from_numpy(images[np.arange(size), labels].astype(np.int64))
+    parts = [_scenes(rng, size, sizes)]
+    while (missing := size - sum(len(part[0]) for part in parts)) > 0:
+        parts.append(_scenes(rng, missing, sizes))
+    canvas = _dashes.Canvas(0, sizes.side)
+    canvas.ink, dots, distances = (np.concatenate(part) for part in zip(*parts, strict=True))
+    canvas.stamp(canvas.ink, dots[np.arange(size), labels] + canvas.first, _dashes.disc(sizes.radius))
+    inner = slice(_dashes.BORDER, -_dashes.BORDER)
+    images = torch.from_numpy(canvas.ink[:, inner, inner].reshape(size, n).astype(np.int64))
     mask = torch.ones(size, n, dtype=torch.bool)
-    return Batch(chosen, torch.from_numpy(labels.astype(np.int64)), mask, torch.from_numpy(distances))
+    return Batch(images, torch.from_numpy(labels.astype(np.int64)), mask, torch.from_numpy(distances))
 
 
-def _scenes(rng: np.random.Generator, count: int, sizes: Drawing) -> tuple[np.ndarray, np.ndarray]:
-    """Images `[B, 2, N]`, of class 0 and of class 1, and the distance of the dots in pixels `[B]`, of the scenes that came off."""
-    canvas, tips = _dashes.Canvas(count, sizes.side), np.zeros((count, 0, 2, 2), int)
-    for _ in range(2):
-        pixels, ok = _dashes.grow(rng, canvas, sizes.dashes, sizes.dash, sizes.dot)
-        canvas.keep(ok)
-        tips = np.concatenate([tips, pixels[:, None, [0, -1]]], 1)[ok]
-        _dashes.draw(canvas, pixels[ok], np.ones(len(tips), bool), sizes.dot)
+def _scenes(rng: np.random.Generator, most: int, sizes: Drawing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Up to `most` scenes that came off: ink `[B, W, W]`, places of the dots `[B, class, dot]` and their distance in pixels `[B]`."""
+    canvas = _dashes.Canvas(most * _DRAWN_FOR_ONE, sizes.side)
+    tips = np.zeros((len(canvas.ink), 0, 2), np.int64)
+    for path in range(2):
+        pixels, ok = _dashes.grow(rng, canvas, sizes.dashes, sizes.dash, sizes.radius)
+        kept = np.flatnonzero(ok)[: most if path else None]
+        canvas.keep(kept)
+        tips = np.concatenate([tips[kept], pixels[kept][:, None, [0, -1]]], 1)
+        _dashes.draw(canvas, pixels[kept], np.ones(len(kept), bool), sizes.radius)
     for _ in range(sizes.distractors):
         pixels, ok = _dashes.grow(rng, canvas, sizes.short, sizes.dash, _dashes.POINT)
         _dashes.draw(canvas, pixels, ok, _dashes.POINT)
-    dots, distances = _dots(tips)
-    images = np.stack([canvas.ink, canvas.ink], 1)
-    for kind, dot in product(range(2), range(2)):
-        at = dots[:, kind, dot, None] + sizes.dot + _dashes.BORDER
-        images[np.arange(len(images))[:, None], kind, at[..., 0], at[..., 1]] = True
-    inner = slice(_dashes.BORDER, -_dashes.BORDER)
-    return images[:, :, inner, inner].reshape(len(images), 2, sizes.side**2), distances
+    return canvas.ink, *_dots(tips, canvas.width)
 
 
-def _dots(tips: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places `[B, class, dot, 2]` of two dots for either class, from `tips: [B, path, tip, 2]`, and their mean distance `[B]`."""
+def _dots(tips: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Places `[B, class, dot]` of two dots for either class, from those of `tips: [B, path, tip]`, and their mean distance `[B]`."""
     same = np.stack([tips[:, path] for path in range(2)], 1)
     other = np.stack([np.stack([tips[:, 0, a], tips[:, 1, b]], 1) for a, b in product(range(2), range(2))], 1)
-    apart = [np.linalg.norm(pair[:, :, 0] - pair[:, :, 1], axis=-1) for pair in (same, other)]
+    apart = [np.linalg.norm(np.stack(np.divmod(pair, width)) @ (1, -1), axis=0) for pair in (same, other)]
     best = np.abs(apart[0][:, :, None] - apart[1][:, None]).reshape(len(tips), 8).argmin(1)
     row, of_same, of_other = np.arange(len(tips)), best // 4, best % 4
     mean = (apart[0][row, of_same] + apart[1][row, of_other]) / 2
