@@ -62,11 +62,11 @@ def batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
     rng = generator("listops", split, index, size, n, seed)
     tokens, values = np.zeros((0, n), np.int64), np.zeros(0, np.int64)
     while len(tokens) < size:
-        drawn = _trees(rng, 8 * size, n)
+        drawn = _trees(rng, 4 * size, n)
         tokens, values = (np.concatenate(pair)[:size] for pair in zip((tokens, values), drawn, strict=True))
     inputs = torch.from_numpy(tokens)
     mask, eighth = inputs > 0, min(n, LONGEST) // 8
-    return Batch(inputs, torch.from_numpy(values), mask, mask.sum(1) // eighth * eighth)
+    return Batch(inputs, torch.from_numpy(values), mask, torch.from_numpy(np.count_nonzero(tokens, 1) // eighth * eighth))
 
 
 def _trees(rng: np.random.Generator, count: int, n: int) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +105,7 @@ def _raise(upper: _Level, lower: _Level) -> None:
     where = np.flatnonzero(upper.arguments)
     count = upper.arguments[where]
     first = count.cumsum() - count
-    ordered = lower.value[np.lexsort((lower.value, lower.parent))]
+    ordered = np.sort(16 * lower.parent + lower.value) & 15  # siblings stay together
     middle = (ordered[first + (count - 1) // 2] + ordered[first + count // 2]) // 2
     total = np.add.reduceat(lower.value, first)
     results = np.stack([ordered[first], ordered[first + count - 1], middle, total % 10])
@@ -120,8 +120,8 @@ def _written(levels: list[_Level], fits: np.ndarray, n: int) -> np.ndarray:
     start = np.zeros(len(fits), np.int64)
     for depth, level in enumerate(levels):
         if depth:
-            before = level.length.cumsum() - level.length
-            eldest = np.searchsorted(level.parent, level.parent)
+            before, families = level.length.cumsum() - level.length, levels[depth - 1].arguments
+            eldest = (families.cumsum() - families)[level.parent]
             start = start[level.parent] + 1 + before - before[eldest]
         here = fits[level.tree]
         of, at, symbol = row[level.tree[here]], start[here], level.symbol[here]
