@@ -80,7 +80,7 @@ class _Form(NamedTuple):
         cut = self.tiles.cut(x)
         out = torch.clamp(cut, min=0, out=x.new_empty(cut.shape)).add_(EPS)
         if keys and not self.tiles.even:
-            out *= (self.tiles.places(x.device) >= 0).view(1, *cut.shape[1:5], 1)
+            out.masked_fill_(self.tiles.uneven(x.device).filling.view(1, *cut.shape[1:5], 1), 0.0)
         return self.by_block(out)
 
     def store(self, target: Tensor, operation: Callable[..., Tensor], x: Tensor, y: Tensor) -> None:

@@ -8,12 +8,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import log
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ._constants import constant
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Uneven(NamedTuple):
+    """How tokens and places of tiles of several sizes are mapped to each other."""
+
+    taken: Tensor
+    """token `[m T]` of each place, any for one that fills up"""
+    filling: Tensor
+    """`[1, m T, 1]`: whether a place fills up"""
+    slots: Tensor
+    """place `[N]` of each token"""
 
 
 @dataclass(frozen=True)
@@ -76,8 +89,8 @@ class Tiles:
         """Tokens `[X, N, D]` by tile, `[X, rows, columns, T, T', D]`: a view of even tiles, else a copy in which zeros fill up."""
         if self.even:
             return x.view(len(x), self.rows, self.size[0], self.columns, self.size[1], x.shape[2]).transpose(2, 3)
-        place = self.places(x.device)
-        taken = x.index_select(1, place.clamp(min=0).flatten()).masked_fill_((place < 0).view(1, -1, 1), 0.0)
+        map_ = self.uneven(x.device)
+        taken = x.index_select(1, map_.taken).masked_fill_(map_.filling, 0.0)
         return taken.view(len(x), self.rows, self.columns, *self.size, x.shape[2])
 
     def put(self, x: Tensor, tiles: Tensor) -> None:
@@ -85,7 +98,16 @@ class Tiles:
         if self.even:
             self.cut(x).copy_(tiles.reshape(len(x), self.rows, self.columns, *self.size, x.shape[2]))
         else:
-            torch.index_select(tiles.reshape(len(x), -1, x.shape[2]), 1, self.slots(x.device), out=x)
+            torch.index_select(tiles.reshape(len(x), -1, x.shape[2]), 1, self.uneven(x.device).slots, out=x)
+
+    def uneven(self, device: torch.device) -> Uneven:
+        """The maps that `cut` and `put` need where tiles differ in size, made once."""
+
+        def make() -> Uneven:
+            place = self.places(device).flatten()
+            return Uneven(place.clamp(min=0), (place < 0).view(1, -1, 1), self.slots(device))
+
+        return constant(make, device, "uneven tiles", self)
 
     def _sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (self.height, self.rows), (self.width, self.columns)
