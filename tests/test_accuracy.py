@@ -21,6 +21,7 @@ from attnbench.errors import UserError
 from attnbench.protocol import Protocol
 from attnbench.record import Record, Status
 from attnbench.tasks import accuracy, routing, trained
+from attnbench.tasks.swapped import base
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -217,7 +218,7 @@ def test_a_length_selects_the_points_that_have_it() -> None:
 
     assert sizes(data=["mqar"], n=["256", "1024"]) == {("mqar", 256, 64), ("mqar", 1024, 32)}
     assert sizes(data=["mqar"], n=["32"]) == {("mqar", 32, 64)}, "no point has it: the first, at that length"
-    assert sizes(n=["4096"]) == {("mqar", 4096, 16), ("pathfinder", 4096, 16), ("listops", 4096, 32), ("digits", 4096, 32)}
+    assert sizes(n=["4096"]) == {("mqar", 4096, 16), ("pathfinder", 4096, 16), ("listops", 4096, 16), ("digits", 4096, 16)}
     assert sizes(data=["digits"], n=["64"], batch=["8"]) == {("digits", 64, 8)}
 
 
@@ -260,6 +261,27 @@ def test_the_suite_asks_for_every_task_and_method_with_three_seeds() -> None:
     assert {(dict(c.params)["shared"], dict(c.params)["routed"]) for c in cases if c.method == "mita"} == {
         (True, True), (False, True), (True, False),
     }  # fmt: skip
+
+
+def test_models_that_are_swapped_are_those_of_the_suite_of_accuracy() -> None:
+    swapped_in = {base(c).case_id for c in suite_file.load("swap_in").expand()}
+    assert len(swapped_in) == 3 * (3 + 2), "seeds times lengths, of softmax and of MiTA"
+    assert swapped_in < {c.case_id for c in suite_file.load("accuracy").expand()}
+
+
+def test_models_that_are_pruned_are_trained_as_in_the_suite_of_accuracy() -> None:
+    fields = ("data", "n", "seed", "batch", "steps", "rates", "depth", "positions", "short_conv", "heads", "dim", "dtype")
+    pruned, earned = (
+        {tuple(getattr(c, f) for f in fields) for c in suite_file.load(x).expand() if c.steps > 1} for x in ("pruning", "accuracy")
+    )
+    assert pruned < earned
+
+
+def test_a_cell_that_misses_its_target_is_affordable() -> None:
+    """Tokens that a cell reads at all its rates, at the 6e6 a second that three models of softmax take together on an H100."""
+    for one in suite_file.load("accuracy").expand():
+        seconds = one.steps * one.batch * one.n * len(one.rates.split("/")) / 6e6
+        assert seconds <= (60 if one.n <= 1024 else 90 if one.n <= 2048 else 120), one
 
 
 def again(command: str) -> set[str]:

@@ -168,7 +168,7 @@ def test_swap_ins_have_a_table_of_their_own_and_are_in_no_other(loaded: pd.DataF
     made = {t.name: t for t in tables.report(of(loaded, "swap_in"))}
     own = made["swap_in-test-gpu-80gb-swapped"]
     assert "swap_in-test-gpu-80gb-accuracy" not in made
-    assert own.header[3:] == ("mqar, trained with MiTA (landmarks=36, topk=28)", "mqar, trained with Softmax")
+    assert own.header[3:] == ("mqar, trained with MiTA (landmarks=32, topk=32)", "mqar, trained with Softmax")
     assert "mqar, trained with Softmax, N=256: 0.960 ± 0.010" in own.notes[0]
     assert accuracy.data(of(loaded, "swap_in")).empty
 
@@ -198,7 +198,7 @@ def test_maps_of_kept_tokens_are_drawn_over_the_picture_from_records_alone(loade
     figure = kept.build(group.rows)
     assert figure is not None
     task = trained.get("pathfinder")
-    picture = task.batch("test", 0, 64, 1024, 0).inputs[0].reshape(32, 32).numpy()
+    picture = task.batch("test", 0, 32, 1024, 0).inputs[0].reshape(32, 32).numpy()
     assert np.array_equal(figure.axes[0].images[0].get_array(), picture)
     first = drawn[(drawn["series"] == "MiTA") & (drawn["layer"] == 1)].iloc[0]
     share = routing.unpacked(first["kept"], 1024)[0].reshape(32, 32) / 2
