@@ -12,16 +12,18 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ._forward import Saved, Setting, rows, sizes
+from .._define import power, unit_rows
+from ._forward import Saved, Setting, sizes
 from ._gradient import probe_grad_kernel, query_grad_kernel, routed_grad_kernel, shared_grad_kernel
 from ._launch import Recorder, find, signature
-from ._plan import Plan, power
 from ._reduce import bins_kernel, finish_kernel, link_kernel, mark_kernel, scatter_kernel, sum_landmark_kernel, sum_probe_kernel
 
 if TYPE_CHECKING:
     from collections.abc import Hashable, Mapping
 
     from torch import Tensor
+
+    from ._plan import Plan
 
 
 _NO_GRID = (0, 1, 1, 1, 1)
@@ -52,7 +54,7 @@ def backward_key(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, sav
 
 def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, saved: Saved, setting: Setting) -> list[Tensor]:
     """[dq, dk, dv, dr]; dr, in float32, includes what pooling passes on to dq."""
-    grad, q, k, v = rows(grad), rows(q), rows(k), rows(v)
+    grad, q, k, v = unit_rows(grad), unit_rows(q), unit_rows(k), unit_rows(v)
     out, saved = out.contiguous(), Saved(*(x.contiguous() for x in saved))
     key = backward_key(grad, q, k, v, out, saved, setting)
     program = find(key)

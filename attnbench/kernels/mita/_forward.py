@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .._define import power, unit_rows
 from ._attend import attend_kernel, merge_kernel
 from ._landmark import pool_kernel, probe_kernel
 from ._launch import Recorder, find, signature
-from ._plan import Plan, most_segments, plan, power, processors
+from ._plan import Plan, most_segments, plan, processors
 from ._route import gate_kernel, permute_kernel
 from ._select import select_kernel
 
@@ -61,11 +62,6 @@ def sizes(q: Tensor, k: Tensor, v: Tensor, m: int, setting: Setting) -> tuple[in
     top, s, group = min(setting.topk, k.shape[2]), min(setting.experts, m) if setting.routed else 1, q.shape[1] // k.shape[1]
     heads, fp32 = q.shape[0] * q.shape[1], q.dtype == torch.float32
     return top, s, group, plan(heads, q.shape[2], k.shape[2], m, top, s, q.shape[3], v.shape[3], fp32, processors(q.device))
-
-
-def rows(x: Tensor) -> Tensor:
-    """`x` itself where its innermost stride is 1, else a contiguous copy."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def pooled(launch: Recorder, q: Tensor, grid: Sequence[int], p: Plan) -> Tensor:
@@ -162,7 +158,7 @@ def forward_key(q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor | None, setti
 
 def forward(q: Tensor, k: Tensor, v: Tensor, landmarks: Tensor | None, setting: Setting) -> tuple[Tensor, Saved]:
     """The output `[B, H, N, Dv]` and what the backward pass needs; its landmarks are those given, where there are any."""
-    q, k, v = rows(q), rows(k), rows(v)
+    q, k, v = unit_rows(q), unit_rows(k), unit_rows(v)
     landmarks = None if landmarks is None else landmarks.contiguous()
     inputs, key = (q, k, v) if landmarks is None else (q, k, v, landmarks), forward_key(q, k, v, landmarks, setting)
     program = find(key)

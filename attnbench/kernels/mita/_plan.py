@@ -6,12 +6,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
 
-
-def power(x: float) -> int:
-    """The least power of two not below x."""
-    return triton.next_power_of_2(max(1, int(-(-x // 1))))
+from .._define import power
 
 
 @lru_cache(maxsize=16)
