@@ -39,8 +39,8 @@ def fused(q: Tensor, k: Tensor, v: Tensor, params: SparkParams) -> Tensor:
 
 
 def listed(q: Tensor, k: Tensor, v: Tensor, params: SparkParams) -> Tensor:
-    """The same by `attnbench.kernels.spark_lists`: lists of up to four times as many keys as are kept where scores are normal."""
-    from attnbench.kernels.spark_lists import spark_listed
+    """The same by `attnbench.kernels.spark`, in lists of up to four times as many keys as are kept where scores are normal."""
+    from attnbench.kernels.spark import spark_listed
 
     r, longest = params.split(q.shape[-1]), min(_SPARE * params.topk, k.shape[2])
     return spark_listed(q, k, v, _known(q, k, params), r, *params.factors(q.shape[-1]), longest, causal=params.causal)

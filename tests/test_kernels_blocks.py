@@ -352,19 +352,20 @@ def test_compressed_attention_and_its_choice_are_the_definitions(case):
 
 
 def test_importances_in_slabs_equal_those_at_once(monkeypatch):
-    from attnbench.kernels import compress
+    from attnbench.kernels.compress import _operator
 
     leaves, p = compressed(80, causal=True)
     want = attend_compressed(*leaves, selected(80, p))[1]
-    monkeypatch.setattr(compress, "SLAB_BYTES", 4 * 2 * 7 * 40)
+    monkeypatch.setattr(_operator, "SLAB_BYTES", 4 * 2 * 7 * 40)
     assert torch.equal(attend_compressed(*leaves, selected(80, p))[1], want)
 
 
 def test_the_compressed_operator_is_well_formed():
     from attnbench.kernels import compress
+    from attnbench.kernels.compress._operator import compressed_forward
 
     leaves, p = compressed(40, causal=True, h=1, hk=1)
-    torch.library.opcheck(compress.compressed_forward, (*leaves, [int(x) for x in selected(40, p)], 0.2))
+    torch.library.opcheck(compressed_forward, (*leaves, [int(x) for x in selected(40, p)], 0.2))
     assert compress.supported(*leaves, selected(40, p)) == []
     assert "stride" in compress.supported(*leaves, selected(40, p)._replace(length=10))[0]
     assert "compressed keys" in compress.supported(*leaves, selected(12, p))[0]

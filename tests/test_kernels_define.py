@@ -5,9 +5,12 @@ import torch
 from triton_support import DEVICE, interpreter  # noqa: F401 (a fixture of every test here)
 
 pytest.importorskip("triton", reason="Triton is not installed")
-from attnbench.kernels import _define, compress, gather, rows, spark, spark_lists, ttt
+from attnbench.kernels import _define, gather, rows, ttt
 from attnbench.kernels.blocks import _operator as blocks
+from attnbench.kernels.compress import _operator as compress
 from attnbench.kernels.mita import _operator as mita
+from attnbench.kernels.spark import _list_operator as spark_lists
+from attnbench.kernels.spark import _operator as spark
 
 SHAPES = ("test_schema", "test_faketensor", "test_autograd_registration")
 """what does not compare two runs, of which the lists' unused parts are not equal"""

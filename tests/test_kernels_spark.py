@@ -13,8 +13,9 @@ from triton_support import DEVICE, interpreter, replayed  # noqa: F401 (a fixtur
 pytest.importorskip("triton", reason="Triton is not installed")
 import attnbench
 from attnbench.kernels import spark as kernels
-from attnbench.kernels.spark import spark_attention, spark_forward, spark_statistics
-from attnbench.kernels.spark_lists import listed_forward, spark_listed
+from attnbench.kernels.spark import spark_attention, spark_listed, spark_statistics
+from attnbench.kernels.spark._list_operator import listed_forward
+from attnbench.kernels.spark._operator import spark_forward
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 

@@ -9,10 +9,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attnbench.kernels import compress
 from attnbench.kernels._define import power
 from attnbench.kernels.blocks import _keys, _pairs, _regions, _route, _sort
 from attnbench.kernels.blocks._plan import plan, region_tile
+from attnbench.kernels.compress import _attend, _choose, _gradient
 
 POINTERS = {
     **dict.fromkeys(("q", "k", "v", "grad", "out", "low", "dq", "dx"), "bf16"),
@@ -58,8 +58,8 @@ def main() -> None:
     sizes = {"G": 4, "D": 64, "DV": 64, "BK": 64, "BD": 64, "BDV": 64, "PREC": "tf32", "STRIDE": 16, "LENGTH": 32, "BLOCK": 64,
              "CAUSAL": True, "LOW": True, "K": 16, "KP": 16}  # fmt: skip
     for kernel, rows, blocks, warps in (
-        (compress.compressed_attend_kernel, 128, 0, 8), (compress.importance_kernel, 64, 64, 4), (compress.block_select_kernel, 0, 4096, 4),
-        (compress.compressed_query_gradient_kernel, 64, 0, 4), (compress.compressed_key_gradient_kernel, 64, 0, 4),
+        (_attend.compressed_attend_kernel, 128, 0, 8), (_choose.importance_kernel, 64, 64, 4), (_choose.block_select_kernel, 0, 4096, 4),
+        (_gradient.compressed_query_gradient_kernel, 64, 0, 4), (_gradient.compressed_key_gradient_kernel, 64, 0, 4),
     ):  # fmt: skip
         print(kernel.__name__, compiled(kernel, {**sizes, "T": rows, "BE": blocks}, warps).metadata.shared)
 

@@ -9,7 +9,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attnbench.kernels import gather, spark, spark_lists, topk
+from attnbench.kernels import gather, topk
+from attnbench.kernels.spark import _forward, _gradient, _lists
 
 WIDE = ("gate", "chunk_top", "block_top", "score", "lse", "limit", "used", "delta", "mean", "squares")
 LISTS = ("index", "count", "flags", "some")
@@ -49,15 +50,15 @@ def main() -> None:
     pairs = {"G": 1, "R": 32, "S": 32, "DV": 64, "BR": 32, "BS": 32, "BDV": 64, "BQ": 64, "BN": 64, "PREC": "tf32", "CAUSAL": True}
     wide = {**pairs, "R": 64, "S": 64, "DV": 128, "BR": 64, "BS": 64, "BDV": 128, "BQ": 32, "BN": 32, "PREC": "tf32x3", "CAUSAL": False}
     for kernel in (
-        spark.spark_statistics_kernel,
-        spark.spark_attend_kernel,
-        spark.spark_query_gradient_kernel,
-        spark.spark_key_gradient_kernel,
+        _forward.spark_statistics_kernel,
+        _forward.spark_attend_kernel,
+        _gradient.spark_query_gradient_kernel,
+        _gradient.spark_key_gradient_kernel,
     ):
         jobs += [(kernel, {**pairs, **own}, 4, "bf16") for own in ({"SOME": True}, {"SOME": False, **ones})]
         jobs += [(kernel, {**wide, "SOME": False}, 8, "fp32")]
     lists = {**pairs, "L": 256, "TQ": 64, "BK": 64}
-    for kernel in (spark_lists.spark_list_kernel, spark_lists.spark_gather_kernel, spark_lists.spark_spread_kernel):
+    for kernel in (_lists.spark_list_kernel, _lists.spark_gather_kernel, _lists.spark_spread_kernel):
         jobs += [(kernel, lists, 4, "bf16"), (kernel, {**wide, **ones, "L": 36, "TQ": 64, "BK": 8}, 4, "fp32")]
     for kernel, constants, warps, dtype in jobs:
         print(kernel.__name__, compiled(kernel, constants, warps, dtype).metadata.shared)
