@@ -13,6 +13,9 @@ pixels, a gap is exactly one, and at least two blank pixels part what is not the
 Of the two ways to dot one path and the four ways to dot two, those are taken whose dots lie about as far apart as each other, and the
 class decides between them: how far the dots lie from each other tells next to nothing.
 
+The suites put a 3 x 3 convolution in front of the blocks (`short_conv`), the conditional encoding of positions of Chu et al. 2021,
+https://arxiv.org/abs/2102.10882: a token is one pixel of a dash and does not know which way the dash goes.
+
 Paths grow dash by dash, in all images at once: of several turned headings the first that meets nothing is taken. An image in which one
 of the two long paths got stuck is dropped for another; a distractor that got stuck is left out.
 """
