@@ -15,7 +15,7 @@ from attnbench.tasks import digits, images, listops, mqar, pathfinder, trained
 SPLITS = ("train", "validation", "test")
 GENERATED = ("mqar", "listops", "pathfinder")
 SIZES = {"mqar": 256, "listops": 512, "pathfinder": 1024}
-DIGESTS = {"mqar": "17f0342bf482e1bb", "listops": "9fa4b3150f554842", "pathfinder": "7df503546a9e6aa7"}
+DIGESTS = {"mqar": "17f0342bf482e1bb", "listops": "9fa4b3150f554842", "pathfinder": "a45a2ece6ac41197"}
 """of 5 training examples with seed 0: what was measured on one machine is drawn again on another"""
 
 
@@ -235,6 +235,27 @@ def test_pathfinder_is_balanced_and_the_distance_of_the_dots_tells_nothing():
     ink = torch.cat([x.inputs.sum(1) for x in batches]).double()
     difference = ink[targets == 1].mean() - ink[targets == 0].mean()
     assert abs(difference) < 4 * ink.std() * (4 / len(ink)) ** 0.5
+
+
+@pytest.mark.parametrize("n", [256, 1024])
+def test_where_the_dots_lie_tells_nothing(n):
+    """Each connected image has one of the other class with dots as far from the middle and from each other, up to the tolerance."""
+    side, batch = int(n**0.5), pathfinder.TASK.batch("train", 0, 64, n, 0)
+    seen = {0: [], 1: []}
+    for tokens, target in zip(batch.inputs, batch.targets.tolist(), strict=True):
+        found = np.array(dots(tokens.reshape(side, side).numpy().astype(bool), pathfinder.drawing(n).radius)) - (side - 1) / 2
+        if len(found) == 2:
+            radii = np.sort(np.hypot(*found.T))
+            seen[target].append([*radii, np.hypot(*(found[0] - found[1])) / 2**0.5])
+    apart = np.abs(np.array(seen[1])[:, None] - np.array(seen[0])).max(-1).min(1)
+    assert len(apart) > 24
+    assert (apart <= 1.5 * side / 32).mean() > 0.9, "all but those whose partner has a crossing that looks like a dot"
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_small_batches_of_pathfinder_are_balanced_too(size):
+    counts = [int(pathfinder.TASK.batch("train", i, size, 256, 0).targets.sum()) for i in range(12)]
+    assert set(counts) == {size // 2, (size + 1) // 2}
 
 
 @pytest.mark.parametrize(("n", "words"), [(1000, "no square"), (100, "at least 16 x 16")])

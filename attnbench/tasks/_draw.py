@@ -18,8 +18,3 @@ def generator(task: str, split: Split, *key: int) -> np.random.Generator:
     """
     text = "/".join([task, split, *map(str, key)])
     return np.random.default_rng(int.from_bytes(hashlib.sha256(text.encode()).digest(), "little"))
-
-
-def balanced(rng: np.random.Generator, size: int, classes: int) -> np.ndarray:
-    """Labels `[size]` of which each class has as many as any other, up to one, in random order."""
-    return rng.permutation(np.arange(size) % classes)
