@@ -111,16 +111,17 @@ def _partners(tips: np.ndarray, canvas: _dashes.Canvas, most: int) -> tuple[np.n
     """Up to `most` scenes of `tips: [C, path, tip]` and the places of their dots `[B, 2]`: class 1 and then its partner of class 0."""
     same = tips.reshape(-1, 2)
     other = np.stack([np.stack([tips[:, 0, a], tips[:, 1, b]], 1) for a, b in product(range(2), range(2))], 1).reshape(-1, 2)
-    apart = np.square(_turned(same, canvas.width)[:, None] - _turned(other, canvas.width)).sum(-1)
+    one, two = _turned(same, canvas.width), _turned(other, canvas.width)
+    apart = np.square(one).sum(1)[:, None] + np.square(two).sum(1) - 2 * one @ two.T
     near = np.flatnonzero(apart <= (_TOLERANCE * canvas.side / 32) ** 2)
     used = np.zeros(len(tips), bool)
     scenes: list[int] = []
     dots: list[np.ndarray] = []
-    for one, two in zip(*np.divmod(near[apart.reshape(-1)[near].argsort(kind="stable")], len(other)), strict=True):
-        if len(scenes) < most and one // 2 != two // 4 and not (used[one // 2] or used[two // 4]):
-            used[[one // 2, two // 4]] = True
-            scenes += [one // 2, two // 4]
-            dots += [same[one], other[two]]
+    for i, j in zip(*np.divmod(near[apart.reshape(-1)[near].argsort(kind="stable")], len(other)), strict=True):
+        if len(scenes) < most and i // 2 != j // 4 and not (used[i // 2] or used[j // 4]):
+            used[[i // 2, j // 4]] = True
+            scenes += [i // 2, j // 4]
+            dots += [same[i], other[j]]
     return np.array(scenes[:most], int), np.array(dots[:most], int).reshape(-1, 2)
 
 
