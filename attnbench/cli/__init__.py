@@ -1,7 +1,7 @@
 """The command line: data on stdout, progress and complaints on stderr.
 
-Exit codes: 0 done; 1 some cells, checks or coordinates failed; 2 a mistake of the user, told in one line; 130 interrupted. Each
-command imports what it needs when it runs, so that `--help` and completion wait for no torch.
+Exit codes: 0 done; 1 some cells, checks or coordinates failed, or stdout could not be written; 2 a mistake of the user, told in one
+line; 130 interrupted. Each command imports what it needs when it runs, so that `--help` and completion wait for no torch.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from attnbench.cli._output import complain
+from attnbench.cli._output import complain, whole_stdout
 from attnbench.cli.capture import capture
 from attnbench.cli.check import check
 from attnbench.cli.compare import compare
@@ -92,4 +92,5 @@ for _name, _command, _panel in (
 
 def main() -> None:
     """Entry point of the program `attnbench`."""
-    app()
+    with whole_stdout():
+        app()

@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 Rows = Sequence[Mapping[str, Any]]
@@ -13,6 +15,63 @@ Rows = Sequence[Mapping[str, Any]]
 def complain(line: str) -> None:
     """One line to stderr, as it is."""
     print(line, file=sys.stderr)
+
+
+class StdoutError(Exception):
+    """Standard output cannot be written, as on a full disk: no bug, and no mistake in what was asked."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(f"cannot write to standard output: {error.strerror}")
+
+
+class Stdout(io.TextIOWrapper):
+    """Standard output whose failures are told from those of other files: `StdoutError`. A broken pipe stays what it is."""
+
+    def write(self, text: str) -> int:
+        """Write a text."""
+        with _told():
+            return super().write(text)
+
+    def flush(self) -> None:
+        """Hand on what is kept."""
+        with _told():
+            super().flush()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StdoutError(error) from None
+
+
+@contextmanager
+def whole_stdout() -> Iterator[None]:
+    """See to it that what is printed is written by the end, else exit with 1: with a line on stderr, or none where the reader left."""
+    own = sys.stdout or io.TextIOWrapper(io.BytesIO())  # None where it was closed before the start
+    sys.stdout = Stdout(own.buffer, own.encoding, own.errors, line_buffering=own.isatty())
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence()
+        sys.exit(1)
+    except StdoutError as error:
+        silence()
+        complain(str(error))
+        sys.exit(1)
+
+
+def silence() -> None:
+    """Let standard output lead nowhere, so that what is left of it is not tried again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def emit_json(value: object) -> None:

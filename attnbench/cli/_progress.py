@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from attnbench.cli._output import StdoutError, silence
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -28,11 +30,11 @@ class Reporter:
 
     A cell that trains has a bar of its own, in steps, with its loss and accuracy.
     Where stderr is no terminal, each finished cell is a line instead. `quiet` leaves failures and notes alone; with `echo`, each
-    record also goes to stdout as one JSON line.
+    record also goes to stdout as one JSON line; `lost` says that one could not.
     """
 
     def __init__(self, *, quiet: bool = False, echo: bool = False) -> None:
-        self.quiet, self.echo, self.done = quiet, echo, 0
+        self.quiet, self.echo, self.done, self.lost = quiet, echo, 0, False
         self._console = Console(stderr=True, soft_wrap=True)
         self._live = sys.stderr.isatty() and not quiet
         self._progress = _bars(self._console, live=self._live)
@@ -69,11 +71,20 @@ class Reporter:
 
     def _record(self, record: "Record", position: str) -> None:
         if self.echo:
-            print(record.to_json(), flush=True)
+            self._echo(record)
         failed = str(record.status) not in ("ok", "unsupported", "skipped", "diverged")
         if failed or not (self.quiet or self._live):
             reason = f": {'; '.join(record.reasons)}" if record.reasons else ""
             self._line(f"[{position}] {record.status} {record.case}{reason}")
+
+    def _echo(self, record: "Record") -> None:
+        """To stdout; where it cannot be written that is told once, and the sweep goes on: records are on disk."""
+        try:
+            print(record.to_json(), flush=True)
+        except StdoutError as error:
+            silence()
+            self.echo, self.lost = False, True
+            self._line(f"{error}; records are stored all the same")
 
     def _line(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False)

@@ -88,7 +88,7 @@ def run(
         distributed.follow(pick_device(device), plugin)
         distributed.depart()
     kind, place = _place(chosen, results, device, executor, address, plugin)
-    summary = _sweep(
+    summary, lost = _sweep(
         chosen,
         results,
         quiet=quiet,
@@ -97,7 +97,7 @@ def run(
         concurrent=concurrent,
     )
     distributed.end()
-    _conclude(summary, json)
+    _conclude(summary, json=json, lost=lost)
 
 
 def _place(
@@ -123,21 +123,22 @@ def _protocol(suite: "Suite", options: dict[str, Any]) -> "Suite":
     return replace(suite, protocol=replace(suite.protocol, **given))
 
 
-def _sweep(suite: "Suite", results: Path, *, quiet: bool, echo: bool, **options: Any) -> "Summary":
+def _sweep(suite: "Suite", results: Path, *, quiet: bool, echo: bool, **options: Any) -> "tuple[Summary, bool]":
+    """What the sweep did, and whether a record could not be written to stdout."""
     from attnbench.cli._progress import Reporter
     from attnbench.runner import sweep
 
     with Reporter(quiet=quiet, echo=echo) as reporter:
         try:
-            return sweep(suite, results, tell=reporter, **options)
+            return sweep(suite, results, tell=reporter, **options), reporter.lost
         except KeyboardInterrupt:
             interrupted = reporter.done
     complain(f"interrupted: {interrupted} cells done, run again with --resume")
     raise typer.Exit(130)
 
 
-def _conclude(summary: "Summary", json: bool) -> None:
-    """Say how it went and where the records are; exit code 1 where cells failed."""
+def _conclude(summary: "Summary", *, json: bool, lost: bool) -> None:
+    """Say how it went and where the records are; exit code 1 where cells failed or their records were `lost` to stdout."""
     parts = [f"{count} {status}" for status, count in summary.counts.most_common()]
     if summary.resumed:
         parts.append(f"{summary.resumed} settled before")
@@ -146,7 +147,7 @@ def _conclude(summary: "Summary", json: bool) -> None:
         _failures(summary)
     if not json:
         print(summary.folder)
-    if summary.failed:
+    if summary.failed or lost:
         raise typer.Exit(1)
 
 
