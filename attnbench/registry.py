@@ -6,11 +6,13 @@ import hashlib
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
 import traceback
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnbench.errors import UserError, unknown
@@ -18,7 +20,6 @@ from attnbench.method import Method
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from pathlib import Path
     from types import ModuleType
 
 GROUP = "attnbench.methods"
@@ -48,16 +49,11 @@ class Registry:
     def add(self, name: str, source: str, load: Callable[[], object]) -> None:
         """Load one method; an exception becomes a `FailedImport`. A name taken already raises `UserError`."""
         try:
-            value = load()
-            method = getattr(value, "METHOD", value)
-            if not isinstance(method, Method):
-                raise TypeError(f"{source} exports no METHOD of type attnbench.method.Method")  # noqa: TRY301
-            if method.name != name:
-                raise ValueError(f"METHOD.name is {method.name!r}, but it is loaded as {name!r}: make them equal")  # noqa: TRY301
-        except Exception as error:  # a plugin may raise anything, and must not hide the others
-            first = str(error).splitlines()[0] if str(error) else ""
-            self.failed[name] = FailedImport(name, source, f"{type(error).__name__}: {first}", traceback.format_exc())
+            method = _checked(load(), name)
+        except (Exception, SystemExit) as error:  # a plugin may raise anything, and must not hide the others
+            self.failed[name] = FailedImport(name, source, _told(error, source), traceback.format_exc())
             return
+        self.failed.pop(name, None)
         if name in self.found:
             raise UserError(f"method {name!r} is defined twice, in {self.sources[name]} and in {source}: rename one")
         self.found[name], self.sources[name] = method, source
@@ -74,6 +70,30 @@ class Registry:
         if pinned:
             method.implementation(pinned)
         return _pin(method, pinned) if pinned else method
+
+
+def _checked(value: object, name: str) -> Method:
+    """The method that a module or an entry point holds. Raises `UserError`."""
+    method = getattr(value, "METHOD", value)
+    if not isinstance(method, Method):
+        raise UserError("it exports no METHOD of type attnbench.method.Method: add one, or begin the name of a helper's file with _")
+    if method.name != name:
+        raise UserError(f"METHOD.name is {method.name!r}, but its file or entry point is named {name!r}: make them equal")
+    return method
+
+
+def _told(error: BaseException, source: str) -> str:
+    """What went wrong while a method was loaded, in one line, with the line of its file where there is one."""
+    text = str(error).partition("\n")[0]
+    if isinstance(error, UserError):
+        return text
+    if lacking := re.search(r"\bMethod\.__init__\(\) missing .* arguments?: (.*)", text):
+        names = re.findall(r"'(\w+)'", lacking[1])
+        return f"METHOD lacks {', '.join(names)}: give Method({', '.join(f'{name}=...' for name in names)}), as `attnbench new` writes it"
+    if strange := re.search(r"\bMethod\.__init__\(\) got an unexpected keyword argument '(\w+)'", text):
+        return str(unknown("field", strange[1], [f.name for f in fields(Method)], "METHOD"))
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == Path(source).absolute()]
+    return f"{type(error).__name__}: {text or 'no message'}" + (f" (line {lines[-1]})" if lines else "")
 
 
 @cache
@@ -105,17 +125,30 @@ def _builtin_package() -> ModuleType:
         raise UserError("attnbench is not installed: run `pip install -e .` in the checkout") from None
 
 
-def add_plugins(paths: Iterable[Path]) -> None:
-    """Add the methods of files, or of all files of folders. Raises `UserError` for a path that does not exist."""
+def add_plugins(paths: Iterable[Path]) -> list[FailedImport]:
+    """Add the methods of files, or of all files of folders, and return what failed to load.
+
+    Raises `UserError` for a path that does not exist, or holds nothing, and for a name that is taken.
+    """
+    failed = []
     for path in paths:
-        if not path.exists():
-            raise UserError(f"plugin {path} does not exist: give a .py file or a folder of them")
-        files = sorted(p for p in path.glob("*.py") if not p.name.startswith("_")) if path.is_dir() else [path]
-        if not files:
-            raise UserError(f"plugin folder {path} holds no .py file")
-        for file in files:
-            if registry().sources.get(file.stem) != str(file):
-                registry().add(file.stem, str(file), lambda file=file: _load_file(file))  # type: ignore[misc]
+        for file in plugin_files(path):
+            name, source = file.stem, str(file)
+            if registry().sources.get(name) != source:
+                registry().add(name, source, lambda file=file: _load_file(file))  # type: ignore[misc]
+            failure = registry().failed.get(name)
+            failed += [failure] if failure and failure.source == source else []
+    return failed
+
+
+def plugin_files(path: Path) -> list[Path]:
+    """The files of methods at a path: itself, or those of a folder whose names begin with no underscore. Raises `UserError`."""
+    if not path.exists():
+        raise UserError(f"plugin {path} does not exist: give a .py file or a folder of them")
+    files = sorted(p for p in path.glob("*.py") if not p.name.startswith("_")) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"plugin folder {path} holds no .py file")
+    return files
 
 
 def _load_file(path: Path) -> ModuleType:

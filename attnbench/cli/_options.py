@@ -132,8 +132,10 @@ def with_folder(suite: "Suite", path: Path | None, *, needed: bool) -> "Suite":
     return suite.override({"data": [f"{FOLDER_TASK}:{path.resolve()}" if task == FOLDER_TASK else task for task in tasks]}, [], {})
 
 
-def with_plugins(plugins: Sequence[Path]) -> None:
-    """Add the methods of `--plugin`."""
+def with_plugins(plugins: Sequence[Path], *, refuse: bool = True) -> None:
+    """Add the methods of `--plugin`. Raises `UserError` where one fails to load, unless `refuse` is False."""
     from attnbench.registry import add_plugins
 
-    add_plugins(plugins)
+    failed = add_plugins(plugins)
+    if failed and refuse:
+        raise UserError("; ".join(f"{each.source}: {each.error}" for each in failed))

@@ -19,16 +19,16 @@ def list_methods(
     """List methods, and which of their implementations can run here."""
     from attnbench.registry import registry
 
-    with_plugins(plugin)
+    with_plugins(plugin, refuse=False)
     rows = _methods(pattern, device)
     failed = [vars(f) for name, f in sorted(registry().failed.items()) if fnmatchcase(name, pattern)]
     if json:
         return emit_json({"methods": rows, "failed": failed})
-    emit_table([line for row in rows for line in _lines(row)])
-    for failure in failed:
-        complain(f"failed to load: {failure['name']} ({failure['source']}): {failure['error']}")
-        if verbose:
-            complain(failure["trace"])
+    emit_table([*(line for row in rows for line in _lines(row)), *map(_failure, failed)])
+    if failed:
+        complain(f"failed to load: {', '.join(failure['name'] for failure in failed)}" + ("" if verbose else "; -v shows the traceback"))
+    for failure in failed if verbose else ():
+        complain(failure["trace"])
     return None
 
 
@@ -53,3 +53,9 @@ def _lines(row: dict[str, Any]) -> list[dict[str, str]]:
         state = "yes" if item["available"] else "no: " + "; ".join(item["reasons"])
         lines.append({**(head if not lines else dict.fromkeys(head, "")), "implementation": item["name"], "runs here": state})
     return lines
+
+
+def _failure(failed: dict[str, Any]) -> dict[str, str]:
+    """The line of a method that failed to load."""
+    state = f"failed to load from {failed['source']}: {failed['error']}"
+    return {"method": failed["name"], "title": "", "family": "", "implementation": "", "runs here": state}
