@@ -8,7 +8,6 @@ a call has a scale s other than `D^(-1/2)`, queries are multiplied by `s D^(1/2)
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -16,6 +15,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
+from attnbench import files
 from attnbench.errors import UserError
 from attnbench.nn import AttentionLayer
 
@@ -163,19 +163,6 @@ def save(layers: Sequence[Captured], folder: Path, model: str) -> list[Path]:
     for number, layer in enumerate(layers):
         path = folder / f"{number:0{digits}d}-{layer.layer or 'model'}.safetensors"
         about = {"model": model, **{name: str(value) for name, value in layer.facts().items()}}
-        _write(path, pack({"q": layer.q, "k": layer.k, "v": layer.v}, about))
+        files.write(path, pack({"q": layer.q, "k": layer.k, "v": layer.v}, about))
         paths.append(path)
     return paths
-
-
-def _write(path: Path, data: bytes) -> None:
-    """All of it or nothing."""
-    fresh = path.with_name(path.name + ".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.write_bytes(data)
-        fresh.replace(path)
-    except OSError as error:
-        with suppress(OSError):
-            fresh.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import io
-import os
 import pickle
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from attnbench import files
 from attnbench.errors import UserError
 
 if TYPE_CHECKING:
@@ -25,18 +24,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
-    fresh = path.with_name(path.name + ".new")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with fresh.open("wb") as f:
-            f.write(buffer.getbuffer())
-            f.flush()
-            os.fsync(f.fileno())
-        fresh.replace(path)
-    except OSError as error:
-        with suppress(OSError):  # as where the folder is a file
-            fresh.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; the checkpoint before it is as it was: free space and run again") from None
+    files.write(path, buffer.getbuffer(), remedy="the checkpoint before it is as it was: free space and run again")
 
 
 def load(path: Path, remedy: str = "delete it to train from the start") -> dict[str, Any]:

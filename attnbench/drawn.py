@@ -24,6 +24,7 @@ import torch
 
 from attnbench.batches import IGNORED, Prepared
 from attnbench.errors import UserError
+from attnbench.files import replacing
 from attnbench.tasks import trained
 
 if TYPE_CHECKING:
@@ -228,10 +229,5 @@ def _read(path: Path) -> Examples | None:
 
 def _write(path: Path, found: Examples) -> None:
     """For the next that asks; a disk without room costs time, not the run."""
-    fresh = path.with_suffix(".new")
-    try:
+    with suppress(OSError, RuntimeError), replacing(path) as fresh:
         torch.save(found.tensors(), fresh)
-        fresh.replace(path)
-    except (OSError, RuntimeError):
-        with suppress(OSError):
-            fresh.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from attnbench import files
 from attnbench.errors import UserError
 from attnbench.record import SCHEMA, Record, Status
 
@@ -166,12 +167,8 @@ class Store:
         """Add or refresh one environment, atomically."""
         known = environments(self.file)
         known[env_id] = dict(environment)
-        path, fresh = self.path / ENVIRONMENTS, self.path / (ENVIRONMENTS + ".new")
-        try:
-            fresh.write_text(json.dumps({"schema": SCHEMA, "environments": known}, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-            fresh.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from None
+        text = json.dumps({"schema": SCHEMA, "environments": known}, indent=1, sort_keys=True) + "\n"
+        files.write(self.path / ENVIRONMENTS, text)
 
 
 def done(records: Iterable[Record], env_id: str, timeout_s: float) -> dict[str, Record]:

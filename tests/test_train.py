@@ -132,7 +132,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint_and_training_goes_on(tmp_pa
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     fit = trainer.run()
     assert fit.step == 12
     assert path.read_bytes() == good
