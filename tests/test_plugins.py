@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import pytest
+import synthetic
 from cli_support import call
 
 from attnbench import registry
@@ -13,13 +14,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GOOD = """
-from attnbench.method import Method
-from attnbench.methods.softmax import METHOD as SOFTMAX
-wanted = ("coordinates", "citation", "params", "reference", "experts", "cost")
-fields = {"name": "strided", "title": "Strided", **{key: getattr(SOFTMAX, key) for key in wanted}}
-METHOD = Method(**fields)
+from attnbench.method import Citation, Method
+from attnbench.methods.topk import METHOD as TOPK
+wanted = ("coordinates", "params", "reference", "experts", "cost")
+fields = {"name": "strided", "title": "Strides", **{key: getattr(TOPK, key) for key in wanted}}
+METHOD = Method(citation=Citation("Nobody", 2026, "Strides of tokens", "https://example.org"), **fields)
 """
-"""Softmax attention under another name."""
+"""Top-k attention under another name."""
 
 
 @pytest.fixture(autouse=True)
@@ -65,3 +66,45 @@ def test_every_command_refuses_a_folder_with_a_broken_plugin(words: str, tmp_pat
     assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
     assert result.stderr.startswith("error: mine/broken.py: SyntaxError")
     assert "strided" in call("list", "--plugin", "mine").stdout
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """Records of a built-in method and of another."""
+    records = [synthetic.ok(synthetic.case(name, n=n), 1e-6 * n) for name in ("softmax", "strided") for n in (256, 512, 1024)]
+    synthetic.write(tmp_path / "results", "quick", records)
+    (tmp_path / "strided.py").write_text(GOOD)
+    return tmp_path / "results"
+
+
+NOTE = "strided is no built-in method: give its file with --plugin, for its title, family and source"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["report results", "crossover results --against softmax", "compare softmax strided --results results", "compare results results"],
+)
+def test_records_of_an_unknown_method_are_told_once(words: str, results: Path) -> None:
+    without = call(*words.split())
+    assert (without.exit_code, without.stderr.count(NOTE)) == (0, 1), without.output
+    assert NOTE not in call(*words.split(), "--plugin", "strided.py").stderr
+
+
+def test_a_plugin_gives_its_records_title_family_and_source(results: Path) -> None:
+    """In a paper, whose command in the provenance names the plugin too."""
+    assert "| strided | unknown |" in call("report", "results").stdout
+    assert "| Strides | per-query routing |" in call("report", "results", "--plugin", "strided.py").stdout
+    done = call("paper", "results", "--out", "paper", "--plugin", "strided.py")
+    assert (done.exit_code, done.stderr) == (0, ""), done.output
+    folder = results.parent / "paper"
+    assert "nobody2026strides" in (folder / "references.bib").read_text()
+    assert "--plugin strided.py" in (folder / "provenance.json").read_text()
+
+
+def test_plots_know_the_family_of_a_plugin(results: Path) -> None:
+    """Whose colour a line has."""
+    assert NOTE in call("plot", "results", "--out", "a").stderr
+    assert call("plot", "results", "--out", "b", "--plugin", "strided.py").stderr == ""
+    drawn = {folder: "".join(p.read_text() for p in sorted((results.parent / folder).glob("*latency*.csv"))) for folder in "ab"}
+    assert "per-query routing" not in drawn["a"]
+    assert "per-query routing" in drawn["b"]

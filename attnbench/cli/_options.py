@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from attnbench.cli._output import complain
 from attnbench.errors import UserError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from attnbench.suite import Suite
 
 
@@ -139,3 +142,14 @@ def with_plugins(plugins: Sequence[Path], *, refuse: bool = True) -> None:
     failed = add_plugins(plugins)
     if failed and refuse:
         raise UserError("; ".join(f"{each.source}: {each.error}" for each in failed))
+
+
+def note_strangers(*tables: "pd.DataFrame") -> None:
+    """Say which methods of these records are not known here, so that their titles and families are not either."""
+    from attnbench.registry import methods
+
+    names = sorted({name for table in tables if "method" in table for name in table["method"].unique()} - set(methods()))
+    if len(names) == 1:
+        complain(f"{names[0]} is no built-in method: give its file with --plugin, for its title, family and source")
+    elif names:
+        complain(f"{', '.join(names)} are no built-in methods: give their files with --plugin, for their titles, families and sources")

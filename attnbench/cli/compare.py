@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnbench.cli._options import Json
+from attnbench.cli._options import Json, Plugins, note_strangers, with_plugins
 from attnbench.cli._output import complain, emit_json
 
 if TYPE_CHECKING:
@@ -21,12 +21,14 @@ def compare(
     results: Annotated[Path, typer.Option("--results", metavar="DIR", help="Where two methods are looked up.")] = Path("results"),
     drift: Annotated[bool, typer.Option("--drift", help="List instead how far cells measured again later came out.")] = False,
     json: Json = False,
+    plugin: Plugins = [],
 ) -> None:
     """Say of each cell whether B is faster than A, slower, or not separable from it.
 
     A and B are two results, paired by suite, device and case, or two methods within the results of --results. How far cells drifted
     that one environment measured more than once is told on stderr, and listed by --drift.
     """
+    with_plugins(plugin)
     found: list[Comparison] | list[Drift] = _compare(a, b, results)
     drifted = _drift(a, b, results)
     if drifted and not drift:
@@ -58,8 +60,12 @@ def _compare(a: str, b: str, results: Path) -> "list[Comparison]":
     from attnbench import compare as comparing
 
     if Path(a).exists() and Path(b).exists():
-        return comparing.results(_load(Path(a)), _load(Path(b)))
-    return comparing.methods(_load(results), a, b)
+        sides = _load(Path(a)), _load(Path(b))
+        note_strangers(*sides)
+        return comparing.results(*sides)
+    table = _load(results)
+    note_strangers(table)
+    return comparing.methods(table, a, b)
 
 
 def _load(results: Path) -> "pd.DataFrame":

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from attnbench.cli._options import Plugins, note_strangers, with_plugins
 from attnbench.cli._output import complain
 from attnbench.cli.report import _lengths
 from attnbench.errors import UserError
@@ -20,21 +21,25 @@ def paper(
     results: Annotated[Path, typer.Argument(metavar="[RESULTS]", help="A results folder, or one records file.")] = Path("results"),
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the folder goes.")] = Path("paper"),
     lengths: Annotated[str, typer.Option(metavar="N,...", help="Columns of tables. Default: four, from shortest to longest.")] = "",
+    plugin: Plugins = [],
 ) -> None:
     """Make a folder for a paper: figures one or two columns wide, LaTeX tables, captions, BibTeX, provenance; print the paths."""
     from attnbench import frame
     from attnbench import paper as texts
 
+    with_plugins(plugin)
     table, notes = frame.load(results)
     for note in notes:
         complain(note)
+    note_strangers(table)
     wanted = _lengths(lengths)
     pictures = _draw(table, out / "figures")
     written = texts.contents(table, pictures, wanted) | {"commands.txt": texts.commands(table)}
     for name, text in written.items():
         _write(out / name, text)
     made = {p.relative_to(out).as_posix(): p.read_bytes() for picture in pictures for p in (out / "figures").glob(f"{picture.name}.*")}
-    command = shlex.join(["attnbench", "paper", str(results), "--out", str(out), *(["--lengths", lengths] if lengths else [])])
+    extra = [word for path in plugin for word in ("--plugin", str(path))]
+    command = shlex.join(["attnbench", "paper", str(results), "--out", str(out), *(["--lengths", lengths] if lengths else []), *extra])
     _write(out / "provenance.json", texts.provenance(results, table, made | {n: t.encode() for n, t in written.items()}, command))
     for name in sorted({*made, *written, "provenance.json"}):
         print(out / name)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from attnbench.cli._options import Plugins, note_strangers, with_plugins
 from attnbench.cli._output import complain
 
 
@@ -18,11 +19,13 @@ def plot(
         Path | None, typer.Option("--kept", metavar="CHECKPOINT", help="Instead draw which tokens the experts of a trained model keep.")
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", metavar="PATH", help="With --kept: the folder of images of its task.")] = None,
+    plugin: Plugins = [],
 ) -> None:
     """Draw every figure that the results allow, each as .pdf, .png and a .csv of exactly what was drawn; print their paths."""
     from attnbench import frame
     from attnbench.figures import draw_all
 
+    with_plugins(plugin)
     folder = out or (results.parent if results.is_file() else results) / "figures"
     if examples:
         _draw_examples(examples, folder)
@@ -33,6 +36,7 @@ def plot(
     table, notes = frame.load(results)
     for note in notes:
         complain(note)
+    note_strangers(table)
     for path in draw_all(table, folder):
         print(path)
 

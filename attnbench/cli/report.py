@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from attnbench.cli._options import Plugins, note_strangers, with_plugins
 from attnbench.cli._output import complain
 from attnbench.errors import UserError
 
@@ -28,13 +29,16 @@ def report(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write one page with plots instead, for a browser, without network.")
     ] = None,
+    plugin: Plugins = [],
 ) -> None:
     """Write the results as tables: a row a method, a column a length, speed-ups over the best dense method, failures in their place."""
     from attnbench import frame, tables, typeset
 
+    with_plugins(plugin)
     table, notes = frame.load(results)
     for note in notes:
         complain(note)
+    note_strangers(table)
     if html is not None:
         _refuse_other_forms(lengths, format_, out)
         _write(html, _page(results, table))
