@@ -108,3 +108,31 @@ def test_plots_know_the_family_of_a_plugin(results: Path) -> None:
     drawn = {folder: "".join(p.read_text() for p in sorted((results.parent / folder).glob("*latency*.csv"))) for folder in "ab"}
     assert "per-query routing" not in drawn["a"]
     assert "per-query routing" in drawn["b"]
+
+
+SUITE = """
+task = "speed"
+[axes]
+n = [16]
+[fixed]
+dim = 8
+[measure]
+budget_s = 0.01
+aa = false
+[[method]]
+name = "linear"
+"""
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_a_plugin_of_which_a_suite_has_no_cell_is_told(command: str, tmp_path: Path) -> None:
+    """Once, and not where `--method` or the suite says what is meant."""
+    (tmp_path / "strided.py").write_text(GOOD)
+    (tmp_path / "mine.toml").write_text(SUITE)
+    words = ["mine.toml", "--plugin", "strided.py"]
+    told = "strided is loaded, but suite mine has no cell of it: add --method strided\n"
+    result = call(command, *words, *(("--device", "cpu", "--untimed") if command == "run" else ()))
+    assert (result.exit_code, result.stderr.count(told)) == (0, 1), result.output
+    assert "is loaded" not in call("plan", *words, "--method", "linear").stderr
+    (tmp_path / "mine.toml").write_text(SUITE.replace("linear", "strided"))
+    assert "is loaded" not in call("plan", *words).stderr

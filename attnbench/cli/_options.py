@@ -144,6 +144,19 @@ def with_plugins(plugins: Sequence[Path], *, refuse: bool = True) -> None:
         raise UserError("; ".join(f"{each.source}: {each.error}" for each in failed))
 
 
+def note_unused(plugins: Sequence[Path], suite: "Suite") -> None:
+    """Say which of `--plugin` hold no method of this suite, where no `--method` says which were meant."""
+    from attnbench.registry import plugin_files, registry
+
+    methods = {case.method for case in suite.planned()}
+    held = [[file.stem for file in plugin_files(path) if registry().sources.get(file.stem) == str(file)] for path in plugins]
+    names = [name for each in held if methods.isdisjoint(each) for name in each]
+    if names:
+        advice = " ".join(f"--method {name}" for name in names)
+        be, it = ("is", "it") if len(names) == 1 else ("are", "them")
+        complain(f"{', '.join(names)} {be} loaded, but suite {suite.name} has no cell of {it}: add {advice}")
+
+
 def note_strangers(*tables: "pd.DataFrame") -> None:
     """Say which methods of these records are not known here, so that their titles and families are not either."""
     from attnbench.registry import methods

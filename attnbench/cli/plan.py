@@ -13,6 +13,7 @@ from attnbench.cli._options import (
     Plugins,
     Settings,
     SuiteName,
+    note_unused,
     read_suite,
     with_folder,
     with_plugins,
@@ -45,6 +46,8 @@ def plan(
 
     with_plugins(plugin)
     chosen = with_folder(read_suite(suite, axis, method, set_, budget), data, needed=False)
+    if not method:
+        note_unused(plugin, chosen)
     ceilings = _ceilings(flops, bandwidth)
     asked = chosen.planned()
     cells = [planning.predict(case, ceilings) for case in asked]

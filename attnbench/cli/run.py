@@ -16,6 +16,7 @@ from attnbench.cli._options import (
     Plugins,
     Settings,
     SuiteName,
+    note_unused,
     read_suite,
     with_folder,
     with_plugins,
@@ -87,6 +88,8 @@ def run(
     if distributed.rank():
         distributed.follow(pick_device(device), plugin)
         distributed.depart()
+    if not method:
+        note_unused(plugin, chosen)
     kind, place = _place(chosen, results, device, executor, address, plugin)
     summary, lost = _sweep(
         chosen,
