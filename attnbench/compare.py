@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from attnbench.series import CONDITIONS
 from attnbench.stats import Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     import pandas as pd
 
@@ -35,7 +36,10 @@ class Comparison:
     series_b: str
     mode: str
     n: int
+    profile: str
+    """of the inputs"""
     conditions: str
+    """all of them, the profile too"""
     status_a: str
     """a record's status, or `absent`"""
     status_b: str
@@ -54,14 +58,23 @@ class Comparison:
         named = {k: v._asdict() if v is not None else None for k, v in (("ratio", self.ratio), ("floor", self.floor))}
         return asdict(self) | named
 
-    def __str__(self) -> str:
-        where = f"{self.series_a} | {self.series_b}" if self.series_a != self.series_b else self.series_a
-        cell = f"{where}, {self.mode}, N={self.n}"
+    @property
+    def cell(self) -> str:
+        """Where both sides stand."""
+        series = f"{self.series_a} | {self.series_b}" if self.series_a != self.series_b else self.series_a
+        return f"{self.suite}: {series}, {self.mode}, N={self.n}, {self.profile}"
+
+    @property
+    def outcome(self) -> str:
+        """What B is, or why nothing can be said."""
         if self.ratio is None or self.verdict is None:
-            return f"{cell}: A {self.status_a}, B {self.status_b}"
+            return f"A {self.status_a}, B {self.status_b}"
         noise = f"noise floor {self.floor}" if self.floor else "noise floor not measured"
         r = self.ratio
-        return f"{cell}: B is {self.verdict} (B/A {r.value:.3f}, 95% interval {r.low:.3f} to {r.high:.3f}, {noise})"
+        return f"B is {self.verdict} (B/A {r.value:.3f}, 95% interval {r.low:.3f} to {r.high:.3f}, {noise})"
+
+    def __str__(self) -> str:
+        return f"{self.cell}: {self.outcome}"
 
 
 def results(a: pd.DataFrame, b: pd.DataFrame) -> list[Comparison]:
@@ -76,6 +89,31 @@ def results(a: pd.DataFrame, b: pd.DataFrame) -> list[Comparison]:
     keys = [name for name in ("suite", "device") if not _lone(a, b, name)]
     left, right = (_Side(table, series.labels(table), _again(table)) for table in (a, b))
     return _paired(left, right, [*keys, *_CELL])
+
+
+def lines(found: Sequence[Comparison]) -> Iterator[str]:
+    """The comparisons as lines no two of which name the same cell; then how many cells one side lacks, a line for each reason."""
+    both = [one for one in found if ABSENT not in (one.status_a, one.status_b)]
+    alike = Counter(one.cell for one in both)
+    for one in both:
+        more = f", {one.device}, {one.conditions}" if alike[one.cell] > 1 else ""
+        yield f"{one.cell}{more}: {one.outcome}"
+    for side, of in (("A", lambda one: (one.status_a, one.series_a)), ("B", lambda one: (one.status_b, one.series_b))):
+        for (suite, why), count in sorted(_lacking(found, of).items()):
+            yield f"{suite}: {side} absent from {count} {'cell' if count == 1 else 'cells'}: {why}"
+
+
+def _lacking(found: Sequence[Comparison], of: Callable[[Comparison], tuple[str, str]]) -> Counter[tuple[str, str]]:
+    """How many cells a side lacks, by suite and reason; `of` gives its status and series in a comparison."""
+    had = {(one.suite, of(one)[1]) for one in found if of(one)[0] != ABSENT}
+    suites = {suite for suite, _ in had}
+
+    def why(suite: str, series: str) -> str:
+        if (suite, series) in had:
+            return "measured there at other lengths or under other conditions"
+        return "measured there with other methods or parameters" if suite in suites else "not measured there"
+
+    return Counter((one.suite, why(one.suite, of(one)[1])) for one in found if of(one)[0] == ABSENT)
 
 
 def _lone(a: pd.DataFrame, b: pd.DataFrame, column: str) -> bool:
@@ -161,6 +199,7 @@ def _compare(a: dict[str, Any] | None, b: dict[str, Any] | None, side_a: _Side, 
         series_b=str(b["series"]) if b else side_b.name or str(some["series"]),
         mode=str(some["mode"]),
         n=int(some["n"]),
+        profile=str(some["profile"]),
         conditions=", ".join(f"{series.SHORT.get(c, c)}={some[c]}" for c in CONDITIONS),
         status_a=fates[0],
         status_b=fates[1],

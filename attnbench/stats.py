@@ -80,6 +80,12 @@ class Floor(NamedTuple):
         return f"{self.relative:.1%} over {self.pairs} A/A {'pair' if self.pairs == 1 else 'pairs'}"
 
 
+FLOOR = (
+    "The noise floor is how far apart two measurements of the very same cell came out: short calls are paced by the host that launches "
+    "them, which the suite graph leaves out."
+)
+"""What the number means, in a sentence for whoever meets it first."""
+
 _PACED_S = 2e-3
 """seconds below which launches pace a call rather than what is launched"""
 MANY_PAIRS = 20

@@ -53,8 +53,10 @@ def test_a_run_resumes_after_ctrl_c_and_its_results_merge(suite: Path, tmp_path:
     assert merged.stdout.strip() == str(tmp_path / "merged")
     assert "8 new records" in merged.stderr
     assert "0 new records" in call("merge", results, "--into", tmp_path / "merged").stderr
-    lines = call("compare", "softmax", "topk", "--results", results).stdout.splitlines()
+    compared = call("compare", "softmax", "topk", "--results", results)
+    lines = compared.stdout.splitlines()
     assert len(lines) == 4
+    assert "The noise floor is" not in compared.stderr, "none was measured"
     rows = answer("compare", results, results, "--json")
     assert {row["verdict"] for row in rows} == {"not separable"}
 

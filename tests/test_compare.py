@@ -42,7 +42,7 @@ def test_cells_of_one_side_and_failures_are_listed(tmp_path):
     assert (found["Softmax", 256].status_b, found["Softmax", 256].verdict) == ("oom", None)
     assert found["Softmax", 512].status_b == compare.ABSENT
     assert (found["Linear", 128].status_a, found["Linear", 128].ratio) == (compare.ABSENT, None)
-    assert str(found["Softmax", 256]) == "Softmax, forward, N=256: A ok, B oom"
+    assert str(found["Softmax", 256]) == "speed: Softmax, forward, N=256, randn: A ok, B oom"
 
 
 def test_cells_without_clocks_are_neither_faster_nor_slower_and_are_drawn_and_reported(tmp_path):
@@ -50,7 +50,7 @@ def test_cells_without_clocks_are_neither_faster_nor_slower_and_are_drawn_and_re
     records += [replace(r, timing=None, metrics={"rel_error": 0.2}) for r in sweep("linear", (1e-3,) * 3)]
     untimed, timed = load(tmp_path / "a", records), load(tmp_path / "b", sweep("softmax", (1e-3,) * 3))
     assert {str(c) for c in compare.results(untimed, timed) if c.n == 128 and c.series_a == "Softmax"} == {
-        "Softmax, forward, N=128: A untimed, B ok"
+        "speed: Softmax, forward, N=128, randn: A untimed, B ok"
     }
     assert compare.fastest(untimed.to_dict("records"), []) is None
     assert any(compare.UNTIMED in row for table in tables.report(untimed) for row in table.rows)
@@ -88,6 +88,30 @@ def test_methods_of_one_result(tmp_path):
     assert seen["MiTA, topk=25", 256][2] is Verdict.NOT_SEPARABLE
     assert seen["MiTA, topk=64", 512] == ("Softmax (flash)", "absent", None)
     assert len(found) == 6
+
+
+def test_lines_are_all_different_and_sum_up_what_one_side_lacks(tmp_path):
+    records = [
+        *sweep("softmax", (1e-3, 2e-3, 4e-3)),
+        *sweep("linear", (1e-3,)),
+        *sweep("linear", (1e-3,), profile="needle"),
+        *sweep("softmax", (1e-3,), profile="needle", heads=2),
+        *sweep("linear", (1e-3,), profile="needle", heads=2),
+    ]
+    synthetic.write(tmp_path, "other", sweep("linear", (1e-3, 2e-3)))
+    told = list(compare.lines(compare.methods(load(tmp_path, records), "softmax", "linear")))
+    assert [line.partition(": B is")[0] for line in told] == [
+        "speed: Softmax | Linear, forward, N=128, needle",
+        "speed: Softmax | Linear, forward, N=128, randn",
+        "other: A absent from 2 cells: not measured there",
+        "speed: A absent from 1 cell: measured there at other lengths or under other conditions",
+        "speed: B absent from 2 cells: measured there at other lengths or under other conditions",
+    ]
+    more = [*records, *sweep("softmax", (1e-3,), profile="needle")]
+    found = compare.methods(load(tmp_path / "more", more), "softmax", "linear")
+    told = [line.partition(": B is")[0] for line in compare.lines(found)]
+    assert len(set(told)) == len(told) == 4
+    assert [line for line in told if "H=2" in line]
 
 
 def test_rows_are_json(tmp_path):

@@ -28,19 +28,22 @@ def compare(
     A and B are two results, paired by suite, device and case, or two methods within the results of --results. How far cells drifted
     that one environment measured more than once is told on stderr, and listed by --drift.
     """
+    from attnbench import stats
+    from attnbench.compare import lines
+    from attnbench.drift import summary
+
     with_plugins(plugin)
-    found: list[Comparison] | list[Drift] = _compare(a, b, results)
+    compared = _compare(a, b, results)
     drifted = _drift(a, b, results)
     if drifted and not drift:
-        from attnbench.drift import summary
-
         complain(summary(drifted) + "; --drift lists them")
-    if drift:
-        found = drifted
+    found: list[Comparison] | list[Drift] = drifted if drift else compared
     if json:
         return emit_json([row.as_dict() for row in found])
-    for row in found:
-        print(row)
+    for line in map(str, drifted) if drift else lines(compared):
+        print(line)
+    if any(row.floor for row in found):
+        complain(stats.FLOOR)
     return None
 
 
