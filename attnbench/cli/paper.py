@@ -9,7 +9,6 @@ import typer
 from attnbench.cli._options import Plugins, note_strangers, with_plugins
 from attnbench.cli._output import complain
 from attnbench.cli.report import _lengths
-from attnbench.errors import UserError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,7 +23,7 @@ def paper(
     plugin: Plugins = [],
 ) -> None:
     """Make a folder for a paper: figures one or two columns wide, LaTeX tables, captions, BibTeX, provenance; print the paths."""
-    from attnbench import frame
+    from attnbench import files, frame
     from attnbench import paper as texts
 
     with_plugins(plugin)
@@ -36,11 +35,11 @@ def paper(
     pictures = _draw(table, out / "figures")
     written = texts.contents(table, pictures, wanted) | {"commands.txt": texts.commands(table)}
     for name, text in written.items():
-        _write(out / name, text)
+        files.write(out / name, text)
     made = {p.relative_to(out).as_posix(): p.read_bytes() for picture in pictures for p in (out / "figures").glob(f"{picture.name}.*")}
     extra = [word for path in plugin for word in ("--plugin", str(path))]
     command = shlex.join(["attnbench", "paper", str(results), "--out", str(out), *(["--lengths", lengths] if lengths else []), *extra])
-    _write(out / "provenance.json", texts.provenance(results, table, made | {n: t.encode() for n, t in written.items()}, command))
+    files.write(out / "provenance.json", texts.provenance(results, table, made | {n: t.encode() for n, t in written.items()}, command))
     for name in sorted({*made, *written, "provenance.json"}):
         print(out / name)
 
@@ -56,11 +55,3 @@ def _draw(table: "pd.DataFrame", folder: Path) -> "list[Picture]":
         title = " ".join((one.module.__doc__ or "").split("\n\n")[0].split())
         found.append(Picture(one.stem, title, one.rows, one.columns))
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None

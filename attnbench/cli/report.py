@@ -32,7 +32,7 @@ def report(
     plugin: Plugins = [],
 ) -> None:
     """Write the results as tables: a row a method, a column a length, speed-ups over the best dense method, failures in their place."""
-    from attnbench import frame, tables, typeset
+    from attnbench import files, frame, tables, typeset
 
     with_plugins(plugin)
     table, notes = frame.load(results)
@@ -41,14 +41,14 @@ def report(
     note_strangers(table)
     if html is not None:
         _refuse_other_forms(lengths, format_, out)
-        _write(html, _page(results, table))
+        files.write(html, _page(results, table), parents=False)
         print(html)
         return
     text = typeset.render(tables.report(table, _lengths(lengths)), format_.value)
     if out is None:
         print(text)
     else:
-        _write(out, text + "\n")
+        files.write(out, text + "\n", parents=False)
         print(out)
 
 
@@ -72,10 +72,3 @@ def _lengths(text: str) -> list[int] | None:
         return [int(part) for part in text.split(",")] if text else None
     except ValueError:
         raise UserError(f"--lengths {text}: give whole numbers, as --lengths 4096,65536") from None
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from None
