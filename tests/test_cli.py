@@ -318,6 +318,10 @@ def test_report_shows_medians_and_failures_in_their_place(tmp_path: Path) -> Non
     assert r"\toprule" in out.read_text()
     result = call("report", tmp_path, "--out", tmp_path / "absent" / "report.md")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    for words, code in ((["--lengths", "5"], 2), (["--lengths", "5,1000"], 0)):
+        told = call("report", tmp_path, *words)
+        assert (told.exit_code, told.stderr.count("\n")) == (code, 1)
+        assert f"--lengths {words[1]}: these results have no N = 5, but 1000, 2000" in told.stderr
     assert "--lengths x: give whole numbers" in call("report", tmp_path, "--lengths", "x").stderr
 
 

@@ -98,6 +98,15 @@ def test_unsupported_and_skipped_cells_are_no_failure(suite: Path, monkeypatch: 
     assert "1 ok, 1 unsupported, 1 skipped" in result.stderr
 
 
+def test_a_run_that_measured_nothing_says_so_and_why(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweeping(monkeypatch, Status.UNSUPPORTED, Status.SKIPPED, Status.UNSUPPORTED)
+    result = call("run", suite, "--device", "cpu", "--quiet")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines()[-1] == "nothing was measured: because (3 cells)"
+    sweeping(monkeypatch, Status.UNSUPPORTED, Status.OK)
+    assert "nothing was measured" not in call("run", suite, "--device", "cpu").stderr
+
+
 def test_an_interruption_says_how_far_it_got(suite: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweeping(monkeypatch, Status.OK, Status.OK, interrupt=True)
     result = call("run", suite, "--device", "cpu")

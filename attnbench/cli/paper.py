@@ -31,7 +31,7 @@ def paper(
     for note in notes:
         complain(note)
     note_strangers(table)
-    wanted = _lengths(lengths)
+    wanted = _lengths(lengths, table)
     pictures = _draw(table, out / "figures")
     written = texts.contents(table, pictures, wanted) | {"commands.txt": texts.commands(table)}
     for name, text in written.items():

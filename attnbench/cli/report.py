@@ -44,7 +44,7 @@ def report(
         files.write(html, _page(results, table), parents=False)
         print(html)
         return
-    text = typeset.render(tables.report(table, _lengths(lengths)), format_.value)
+    text = typeset.render(tables.report(table, _lengths(lengths, table)), format_.value)
     if out is None:
         print(text)
     else:
@@ -67,8 +67,19 @@ def _page(results: Path, table: "pd.DataFrame") -> str:
     return page.build(table, environments, _interactive.plots(table), _interactive.script(), _interactive.legend())
 
 
-def _lengths(text: str) -> list[int] | None:
+def _lengths(text: str, table: "pd.DataFrame") -> list[int] | None:
+    """What `--lengths` names. Raises `UserError` where the table has none of it; some that it lacks are told on stderr."""
+    if not text:
+        return None
     try:
-        return [int(part) for part in text.split(",")] if text else None
+        wanted = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--lengths {text}: give whole numbers, as --lengths 4096,65536") from None
+    known = sorted({int(n) for n in table["n"]}) if len(table) else []
+    absent = ", ".join(str(n) for n in wanted if n not in known)
+    if absent and known:
+        told = f"--lengths {text}: these results have no N = {absent}, but {', '.join(map(str, known))}"
+        if not set(wanted) & set(known):
+            raise UserError(told)
+        complain(told)
+    return wanted

@@ -1,5 +1,6 @@
 """`attnbench run`."""
 
+from collections import Counter
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -148,10 +149,19 @@ def _conclude(summary: "Summary", *, json: bool, lost: bool) -> None:
     complain(", ".join(parts) or "no cells")
     if summary.failed:
         _failures(summary)
+    elif summary.counts and not summary.resumed and set(summary.counts) <= {"unsupported", "skipped"}:
+        complain(f"nothing was measured: {_reasons(summary)}")
     if not json:
         print(summary.folder)
     if summary.failed or lost:
         raise typer.Exit(1)
+
+
+def _reasons(summary: "Summary") -> str:
+    """Why cells were not measured, the most frequent reason first, and how many cells each is of."""
+    reasons = Counter("; ".join(record.reasons) or str(record.status) for record in summary.records).most_common()
+    told = [f"{reason} ({count} {'cell' if count == 1 else 'cells'})" for reason, count in reasons[:3]]
+    return "; ".join([*told, *([f"and {len(reasons) - 3} more reasons"] if len(reasons) > 3 else [])])
 
 
 def _failures(summary: "Summary") -> None:
