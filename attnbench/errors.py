@@ -16,7 +16,7 @@ class UserError(ValueError):
 def unknown(kind: str, name: object, known: Iterable[str], where: str = "") -> UserError:
     """A `UserError` for a name that is not among `known`, with near names first."""
     options = sorted(known)
-    near = get_close_matches(str(name), options, n=3, cutoff=0.5)
+    near = get_close_matches(str(name), options, n=3)
     advice = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(options) or 'nothing: none exist'}"
     place = f" in {where}" if where else ""
     return UserError(f"unknown {kind} {str(name)!r}{place}: {advice}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("plan sped", "unknown suite 'sped': did you mean speed?"),
         ("plan quick --axis n", "--axis n: there is no '='"),
         ("plan quick --axis m=5", "unknown axis 'm'"),
+        ("plan quick --axis direction=backward", "unknown axis 'direction' in suite quick: choose from batch, budget, causal"),
         ("plan quick --axis n=many", "many"),
         ("plan quick --axis dtype=fp8", "unknown value of dtype 'fp8'"),
         ("plan quick --axis profile=rnd", "unknown profile 'rnd'"),
@@ -337,6 +339,14 @@ def test_completion_knows_methods_and_suites() -> None:
     assert complete_method("mo") == ["moba"]
     assert complete_method("m") == ["mhla", "mita", "moba"]
     assert complete_suite("s") == ["speed", "swap_in"]
+
+
+def test_the_help_names_every_axis() -> None:
+    from attnbench.axes import AXES
+    from attnbench.cli._options import AXIS_NAMES
+
+    assert sorted(re.findall(r"\w+", AXIS_NAMES.replace("of suites that train", ""))) == sorted(AXES)
+    assert "short_conv" in call("run", "--help").stdout
 
 
 def test_tables_escape_what_their_format_reserves() -> None:

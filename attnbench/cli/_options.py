@@ -57,7 +57,15 @@ MethodNames = Annotated[
         "--method", metavar="NAME", help="Only this method, NAME or NAME@IMPLEMENTATION. Repeatable.", autocompletion=complete_method
     ),
 ]
-Axes = Annotated[list[str], typer.Option("--axis", metavar="AXIS=VALUE,...", help="Other values of an axis, as n=1024,2048. Repeatable.")]
+AXIS_NAMES = (
+    "n, batch, heads, kv_heads, dim, dim_v, dtype, mode, causal, profile, seed, l2, graph, budget; of suites that train: data, steps, "
+    "depth, rates, positions, trained_with, model, recipe, short_conv"
+)
+"""What `attnbench.axes.AXES` holds, which help and completion do not wait for."""
+Axes = Annotated[
+    list[str],
+    typer.Option("--axis", metavar="AXIS=VALUE,...", help=f"Other values of an axis, as n=1024,2048. Repeatable. Axes: {AXIS_NAMES}."),
+]
 Settings = Annotated[
     list[str], typer.Option("--set", metavar="METHOD.PARAM=VALUE,...", help="Another parameter, as mita.topk=32. Repeatable.")
 ]
