@@ -63,7 +63,7 @@ class Check:
         backward = not method.reasons(item, self.shape, kind, device, params, backward=True)
         mode = self.mode(backward=backward)
         if problems:
-            return self.finding(mode, "unsupported", "; ".join(problems))
+            return self.finding(mode, "failed" if problems == [item.broken()] else "unsupported", "; ".join(problems))
         report(Progress(0, 1, mode))
         try:
             verdict = gate(method, item, params, draw("randn", self.shape, 0, kind, device), backward=backward)

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import sys
 from dataclasses import dataclass, field
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, Literal
 
 from attnbench.params import Params, Shape
@@ -107,14 +108,31 @@ class Implementation:
 
     def missing(self) -> str:
         """Why it cannot be imported here; empty when it can."""
+        return self._unimportable()[0]
+
+    def broken(self) -> str:
+        """Why it cannot be imported where no package of `requires` is the reason, so that the implementation itself is at fault."""
+        why, excused = self._unimportable()
+        return "" if excused else why
+
+    def _unimportable(self) -> tuple[str, bool]:
+        """Why it cannot be imported, and whether a package that it requires is absent, or fails as it is imported."""
         for package in self.requires:
             if importlib.util.find_spec(package) is None:
-                return f"package {package.replace('_', '-')} is not installed"
+                return f"package {package.replace('_', '-')} is not installed", True
         try:
             self.load()
         except Exception as error:  # a broken optional package may raise anything at import
-            return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'import failed'}"
-        return ""
+            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'import failed'}"
+            return why, not _failing(error).isdisjoint(self.requires)
+        return "", False
+
+
+def _failing(error: Exception) -> set[str]:
+    """Packages that were being imported when this was raised, or of which something was that they lack."""
+    names = [frame.f_globals.get("__name__", "") for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    names += [error.name] if isinstance(error, ImportError) and error.name else []
+    return {name.partition(".")[0] for name in names}
 
 
 def resolve(target: str) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnbench.choosing import Asked, Chooser, asked_by, choice, constant
 from attnbench.cost import Cost
-from attnbench.errors import unknown
+from attnbench.errors import UserError, unknown
 from attnbench.implementation import EAGER, Implementation, Limits, resolve
 from attnbench.learned import AttentionModule, LearnedAttention, Weights, given, initial
 from attnbench.params import Params, Shape, param
@@ -171,7 +171,10 @@ class Method:
     def choose(
         self, shape: Shape, dtype: torch.dtype, device: str, params: Params, *, backward: bool = False, graph: bool = False
     ) -> tuple[Implementation | None, list[str]]:
-        """The pinned implementation, else the best supported, and why not where there is none."""
+        """The pinned implementation, else the best supported, and why not where there is none.
+
+        Raises `UserError` where a better one would run this call but is broken: nothing else runs in its place without a word.
+        """
         candidates = self.implementations if self.library else self.all_implementations()
         options = [self.implementation(self.pinned)] if self.pinned else candidates
         why: list[str] = []
@@ -179,6 +182,9 @@ class Method:
             found = self.reasons(option, shape, dtype, device, params, backward=backward, graph=graph)
             if not found:
                 return option, []
+            if option.name != EAGER and found == [option.broken()]:
+                advice = "mend it, or name the package that it lacks in its `requires`"
+                raise UserError(f"{self.name}@{option.name} cannot be imported: {found[0]}: {advice}")
             why += [f"{self.name}@{option.name}: {reason}" for reason in found]
         return None, why
 

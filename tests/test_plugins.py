@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 import pytest
@@ -9,6 +10,10 @@ import synthetic
 from cli_support import call
 
 from attnbench import registry
+from attnbench.case import Case
+from attnbench.cell import CellRunner
+from attnbench.protocol import Protocol
+from attnbench.record import Status
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -136,3 +141,41 @@ def test_a_plugin_of_which_a_suite_has_no_cell_is_told(command: str, tmp_path: P
     assert "is loaded" not in call("plan", *words, "--method", "linear").stderr
     (tmp_path / "mine.toml").write_text(SUITE.replace("linear", "strided"))
     assert "is loaded" not in call("plan", *words).stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "requires", "status"),
+    [
+        ("nomod.x:fast", "", "error"),
+        ("attnbench.eager:fast", "", "error"),
+        ("nomod.x:fast", "nomod", "ok"),
+        ("fragile:fast", "fragile", "ok"),
+        ("fragile:fast", "", "error"),
+        ("mine_needs_fragile:fast", "fragile", "ok"),
+        ("mine_misuses_torch:fast", "torch", "error"),
+    ],
+)
+def test_a_broken_implementation_is_no_absent_package(
+    target: str, requires: str, status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An absent or broken package of `requires` leaves the eager form; any other failure of an import is the implementation's own."""
+    modules = {
+        "fragile": "raise OSError('no such library')",
+        "mine_needs_fragile": "import fragile",
+        "mine_misuses_torch": "import torch\ntorch.zeros(-1)",
+    }
+    for name, text in modules.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    extra = f"implementations=(Implementation('fast', {target!r}, requires={(requires,) if requires else ()}),)"
+    text = changed("import Citation", "import Citation, Implementation").replace("**fields", f"**fields, {extra}")
+    (tmp_path / "strided.py").write_text(text)
+    found = call("check", "strided@fast", "--plugin", "strided.py", "--device", "cpu", "--json")
+    assert found.exit_code == (1 if status == "error" else 0), found.output
+    verdicts = {row["verdict"] for row in json.loads(found.stdout) if row["implementation"] == "strided@fast"}
+    assert verdicts == {"failed" if status == "error" else "unsupported"}
+    case = Case(task="speed", method="strided", params=(("causal", False), ("topk", 4)), heads=1, n=16, dim=8)
+    record = CellRunner("cpu", Protocol(timed=False)).attempt(case)
+    assert record.status is Status(status), record.reasons
+    assert record.implementation == ("eager" if status == "ok" else "")
+    assert status == "ok" or record.reasons[0].startswith("strided@fast cannot be imported: ")
