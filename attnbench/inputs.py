@@ -173,27 +173,45 @@ class Drawn:
         return (q.to(device), k.to(device), v.to(device)), hashed
 
 
-def _read(path: str, shape: Shape) -> Inputs:
+def hold(profile: str) -> None:
+    """Raise `UserError` where a profile's file cannot be read or lacks q, k or v; no more than its header is read."""
+    name, _, path = profile.partition(":")
+    if name in PROFILES and PROFILES[name] is None:
+        _sizes(path)
+
+
+def _sizes(path: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a file and their sizes, q, k and v among them. Raises `UserError`."""
     if not path:
         raise UserError("profile file needs a path: write file:PATH.safetensors")
     try:
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ImportError:
-        raise UserError("profile file needs the package safetensors: pip install attnbench[files]") from None
+        raise UserError("profile file needs the package safetensors: pip install 'attnbench[files]'") from None
     try:
-        data = load_file(Path(path))
+        with safe_open(Path(path), "pt") as file:
+            sizes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
     except Exception as error:  # safetensors raises its own untyped errors
         raise UserError(f"cannot read {path}: {error}") from None
+    for key in "qkv":
+        if key not in sizes:
+            raise UserError(f"{path} holds no tensor {key!r}: it needs q, k and v as [B, H, N, D]")
+    return sizes
+
+
+def _read(path: str, shape: Shape) -> Inputs:
+    sizes = _sizes(path)
+    from safetensors.torch import load_file
+
     wanted = {
         "q": (shape.batch, shape.heads, shape.n, shape.dim),
         "k": (shape.batch, shape.kv_heads, shape.keys, shape.dim),
         "v": (shape.batch, shape.kv_heads, shape.keys, shape.dim_v),
     }
     for key, size in wanted.items():
-        if key not in data:
-            raise UserError(f"{path} holds no tensor {key!r}: it needs q, k and v as [B, H, N, D]")
-        if any(have < want for have, want in zip(data[key].shape, size, strict=False)) or data[key].ndim != 4:
-            raise UserError(f"{path}: {key} is {list(data[key].shape)}, the case needs at least {list(size)}")
+        if any(have < want for have, want in zip(sizes[key], size, strict=False)) or len(sizes[key]) != 4:
+            raise UserError(f"{path}: {key} is {list(sizes[key])}, the case needs at least {list(size)}")
+    data = load_file(Path(path))
     q, k, v = (data[key][tuple(slice(n) for n in size)] for key, size in wanted.items())
     return q, k, v
 

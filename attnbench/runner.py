@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from attnbench import environment, executor, store
+from attnbench import environment, executor, inputs, store
 from attnbench.case import TRAINED, Case
 from attnbench.energy import ABSENT
 from attnbench.errors import UserError
@@ -83,7 +83,10 @@ def sweep(
     planned = suite.planned()
     cases = shard.take(planned) if shard else planned
     checkpoints = results / suite.name / CHECKPOINTS
-    place = place or _here(suite, device, plugins, checkpoints, concurrent)
+    if place is None:
+        for profile in {case.profile for case in cases}:
+            inputs.hold(profile)
+        place = _here(suite, device, plugins, checkpoints, concurrent)
     try:
         facts = place.start()
         with store.Store(store.folder(results, suite.name, facts["device"])) as target:

@@ -119,6 +119,8 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("plan quick --budget keys=256", "budget = 256 exceeds N = 128: lower the budget, or raise N"),
         ("run quick --budget keys=64 --method linear --method softmax", "no budget sets what linear, softmax read: leave the budget out"),
         ("run sped", "unknown suite 'sped'"),
+        ("run quick --axis profile=file:absent.safetensors", "cannot read absent.safetensors: No such file or directory"),
+        ("run quick --axis profile=file", "profile file needs a path: write file:PATH.safetensors"),
         ("run quick --budget-s 0", "budget_s = 0.0 must be above 0"),
         ("run quick --shard 9/3", "--shard 9/3: write it as I/N with I from 1 to N"),
         ("run quick --address here:1", "--address is of a Ray cluster: add --executor ray"),
