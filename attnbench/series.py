@@ -8,6 +8,8 @@ import re
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import pandas as pd
+
 from attnbench import registry, stats
 from attnbench.axes import CHOICES
 from attnbench.inputs import PROFILES
@@ -16,8 +18,6 @@ from attnbench.taxonomy import Family
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
-
-    import pandas as pd
 
     from attnbench.method import Method
 
@@ -86,7 +86,7 @@ def labels(table: pd.DataFrame) -> pd.Series[str]:
     for label, params in zip(pairs["label"], pairs["params"], strict=True):
         known.setdefault(label, []).append(json.loads(params))
     names = {(label, p): _label(label, json.loads(p), known[label]) for label, p in zip(pairs["label"], pairs["params"], strict=True)}
-    return table.apply(lambda row: names[row["label"], row["params"]], axis=1).astype(str)
+    return pd.Series([names[pair] for pair in zip(table["label"], table["params"], strict=True)], index=table.index, dtype="str")
 
 
 def _label(label: str, params: dict[str, Any], siblings: list[dict[str, Any]]) -> str:

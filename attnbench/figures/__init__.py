@@ -7,8 +7,8 @@ there is nothing to draw) and, where `attnbench.series.groups` does not split ta
 from __future__ import annotations
 
 import importlib
-import io
 import pkgutil
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from attnbench import series
@@ -98,10 +98,7 @@ def drawn(table: pd.DataFrame, columns: int = 2) -> Iterator[Drawn]:
         raise UserError("nothing to draw: no cell of these results was measured; `attnbench report` lists why")
 
 
-_METADATA: dict[str, dict[str, Any]] = {
-    ".pdf": {"CreationDate": None, "ModDate": None, "Creator": "attnbench", "Producer": None},
-    ".png": {"Software": None},
-}
+_METADATA: dict[str, dict[str, Any]] = {".pdf": {"CreationDate": None, "ModDate": None, "Creator": "attnbench", "Producer": None}}
 """Nothing of the moment, so that the same records give the same bytes."""
 
 
@@ -112,23 +109,42 @@ def write(figure: Figure, data: pd.DataFrame, stem: Path, suffixes: Sequence[str
     paths = [stem.with_name(stem.name + suffix) for suffix in suffixes]
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
-        for path in paths:
-            if path.suffix == ".csv":
-                data.to_csv(path, index=False)
-            elif path.suffix == ".png":
-                _save_png(figure, path)
-            else:
-                figure.savefig(path, metadata=_METADATA[path.suffix])
+        with _laid_out(figure):
+            for path in paths:
+                if path.suffix == ".csv":
+                    data.to_csv(path, index=False)
+                elif path.suffix == ".png":
+                    _save_png(figure, path)
+                else:
+                    figure.savefig(path, metadata=_METADATA[path.suffix])
     except OSError as error:
         raise UserError(f"cannot write to {stem.parent}: {error.strerror}") from None
     return paths
 
 
+@contextmanager
+def _laid_out(figure: Figure) -> Iterator[None]:
+    """Lay the figure out once, as its pixels need it, and leave everything in its place for each format that is written."""
+    from matplotlib import rcParams
+
+    engine, dpi = figure.get_layout_engine(), figure.dpi
+    figure.set_dpi(dpi if rcParams["savefig.dpi"] == "figure" else rcParams["savefig.dpi"])
+    try:
+        if engine is not None:
+            engine.execute(figure)
+            figure.set_layout_engine(None)
+        yield
+    finally:
+        figure.set_layout_engine(engine)
+        figure.set_dpi(dpi)
+
+
 def _save_png(figure: Figure, path: Path) -> None:
     """With a palette of 256 colours, which takes a third of the space and hides nothing that a figure has."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata=_METADATA[".png"])
-    with Image.open(buffer) as picture:
-        picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, "PNG", optimize=True)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
+    picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, "PNG")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from attnbench import series
 from attnbench.figures._style import BASELINE, LETTERS, cited, length_axis, look
@@ -125,6 +125,7 @@ class Canvas:
             self._strip(strip, part, band.failed, first=column == 0)
             if self.above.get(place) != band.panels:
                 strip.set_title(panel, pad=3, fontweight="bold")
+            unnamed(axes)
             self.main.append(axes)
         self.above[place] = band.panels
 
@@ -161,9 +162,7 @@ class Canvas:
     def _strip(self, axes: Axes, part: pd.DataFrame, failed: Sequence[str], *, first: bool) -> None:
         """A row a failing series: its marker at the left, the letter of the status at each length that failed."""
         axes.set_ylim(max(len(failed), 1) - 0.5, -0.5)
-        axes.grid(visible=False)
-        axes.tick_params(left=False, labelleft=False, bottom=False, labelbottom=False)
-        axes.spines[:].set_visible(False)
+        axes.set_axis_off()
         for y, name in enumerate(failed):
             rows = part[(part["series"] == name) & (part["status"] != "ok")]
             style = self._style_of(part, name) if (part["series"] == name).any() else {}
@@ -184,6 +183,13 @@ def legend(axes: Axes, title: str, entries: Sequence[tuple[str, dict[str, Any]]]
     made = axes.legend(handles=handles, loc="lower left", ncols=columns, title=title or None, alignment="left")
     made.get_title().set(fontweight="bold", fontsize=6.5)
     made.set_in_layout(False)
+
+
+def unnamed(axes: Axes) -> None:
+    """Give axis labels without text a place, for which Matplotlib would measure all ticks at every drawing."""
+    for axis in (axes.xaxis, axes.yaxis):
+        if not axis.get_label_text():
+            axis.set_label_coords(0.5, 0.5)
 
 
 def fit(axes: Sequence[Axes], drawn: pd.DataFrame, metric: Metric) -> None:
@@ -210,11 +216,12 @@ def span(drawn: pd.DataFrame, metric: Metric) -> tuple[float, float]:
 def plain(axis: Any) -> None:
     """Ticks of a logarithmic axis as 0.01, 1, 1000, and powers of ten beyond.
 
-    Where it spans under two decades, 2 and 5 as well, and under a factor of four every digit.
+    Where it spans under two decades, 2 and 5 as well, and under a factor of four every digit; beyond, 2 and 5 are marked.
     """
     low, high = axis.get_view_interval()
     if high / low < 100:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low >= 4 else range(1, 10)))
+    axis.set_minor_locator(NullLocator() if high / low < 100 else LogLocator(subs=(2, 5)))
     axis.set_major_formatter(
         FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e4 else f"$10^{{{round(math.log10(value))}}}$")
     )
