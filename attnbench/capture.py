@@ -157,7 +157,7 @@ def save(layers: Sequence[Captured], folder: Path, model: str) -> list[Path]:
     try:
         from safetensors.torch import save as pack
     except ImportError:
-        raise UserError("captured activations are written by the package safetensors: pip install attnbench[files]") from None
+        raise UserError("captured activations are written by the package safetensors: pip install 'attnbench[files]'") from None
     paths = []
     digits = len(str(len(layers) - 1))
     for number, layer in enumerate(layers):

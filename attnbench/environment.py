@@ -33,8 +33,8 @@ PACKAGES = {
     "flash-attn-4": "pip install 'attnbench[flash]'",
     "flash-linear-attention": "pip install flash-linear-attention",
     "safetensors": "pip install 'attnbench[files]'",
-    "timm": "pip install timm",
-    "transformers": "pip install transformers",
+    "timm": "pip install 'attnbench[timm]'",
+    "transformers": "pip install 'attnbench[transformers]'",
     "ray": "pip install 'attnbench[ray]'",
     "nvidia-ml-py": "pip install 'attnbench[cuda]' (clocks, power, throttling)",
 }

@@ -38,6 +38,8 @@ def write(path: Path, data: str | bytes | memoryview, *, parents: bool = True, r
 
     Raises `UserError`, in which `remedy` is what to do; what `path` held is then as it was.
     """
+    if path.is_dir():
+        raise UserError(f"cannot write: {path} is a folder: name a file")
     if parents:
         make_folder(path.parent)
     try:

@@ -146,7 +146,7 @@ def _import(library: str) -> Any:
     try:
         return import_module(library)
     except ImportError as error:
-        raise UserError(f"models of {library} need that package ({_line(error)}): pip install attnbench[{library}]") from None
+        raise UserError(f"models of {library} need that package ({_line(error)}): pip install 'attnbench[{library}]'") from None
 
 
 def _line(error: Exception) -> str:

@@ -112,6 +112,7 @@ class Store:
         self._lock: TextIOWrapper | None = None
 
     def __enter__(self) -> Self:
+        files.hold_folder(self.path)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / ".lock").open("a")

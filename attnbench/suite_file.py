@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from contextlib import suppress
 from dataclasses import fields, replace
 from importlib.resources import files
 from pathlib import Path
@@ -30,12 +31,34 @@ def load(name: str) -> Suite:
     if path is None:
         raise unknown("suite", name, available())
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = _parsed(path.read_bytes(), path)
     except OSError as error:
         raise UserError(f"cannot read suite {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"suite {path} is not valid TOML: {error}") from None
     return replace(_suite(path.stem, data, str(path)), source=name)
+
+
+def _parsed(raw: bytes, path: Path) -> dict[str, Any]:
+    """What the file says. Raises `UserError`, which names the line that is at fault."""
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise UserError(f"suite {path}, line {line}: byte {raw[error.start]:#x} is no UTF-8: save the file as UTF-8") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        why = str(error).replace("(at end of document)", f"(at the end of what begins at line {_last_begun(text)})")
+        raise UserError(f"suite {path} is not valid TOML: {why}") from None
+
+
+def _last_begun(text: str) -> int:
+    """Line at which the statement begins that the end of the text leaves open: all before it is TOML."""
+    lines = text.splitlines()
+    for count in range(len(lines) - 1, 0, -1):
+        with suppress(tomllib.TOMLDecodeError):
+            tomllib.loads("\n".join(lines[:count]))
+            return count + 1
+    return 1
 
 
 def _suite(name: str, data: Mapping[str, Any], path: str) -> Suite:

@@ -207,7 +207,7 @@ def test_an_absent_library_is_named(monkeypatch, tmp_path, library):
     monkeypatch.setitem(__import__("sys").modules, library, None)
     result = call("capture", f"{library}:some/model", "--out", tmp_path, "--device", "cpu")
     assert result.exit_code == 2
-    assert f"pip install attnbench[{library}]" in result.stderr
+    assert f"pip install 'attnbench[{library}]'" in result.stderr
 
 
 def test_texts_fill_batches_without_padding(tmp_path):

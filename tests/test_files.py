@@ -75,7 +75,7 @@ def test_a_file_where_a_folder_belongs_is_named(tmp_path: Path, monkeypatch: pyt
     for path in (tmp_path / "a" / "b", tmp_path / "a" / "b" / "c"):
         with pytest.raises(UserError, match="/a is a file: name a folder"):
             write(path, "")
-    with pytest.raises(UserError, match="Is a directory"):
+    with pytest.raises(UserError, match="is a folder: name a file"):
         write(tmp_path, "")
     write(tmp_path / "new" / "folder" / "x", b"made")
     with pytest.raises(UserError, match=r"cannot write .*: No such file or directory"):

@@ -208,7 +208,7 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path, room: int) -> Non
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write results to"), Store(tmp_path / "file" / "below"):
+    with pytest.raises(UserError, match="is a file: name a folder"), Store(tmp_path / "file" / "below"):
         pass
 
 

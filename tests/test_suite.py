@@ -165,11 +165,13 @@ GOOD = 'task = "speed"\n[axes]\nn = [64]\n[[method]]\nname = "topk"\ntopk = 8\n'
         ("topk = 8", "top = 8", "unknown parameter 'top' in topk: did you mean topk"),
         ("topk = 8", 'topk = "8.5"', "topk.topk = '8.5' is not of type int"),
         ("[axes]", "[axes", "not valid TOML"),
+        ("topk = 8", "topk = [8,", r"not valid TOML: Invalid value \(at the end of what begins at line 6\)"),
+        ("n = [64]", 'n = [64]\ndtype = "\udcff"', "line 4: byte 0xff is no UTF-8"),
     ],
 )
 def test_a_mistake_is_named_in_one_line(tmp_path: Path, old: str, new: str, message: str) -> None:
     path = tmp_path / "bad.toml"
-    path.write_text(GOOD.replace(old, new, 1))
+    path.write_text(GOOD.replace(old, new, 1), encoding="utf-8", errors="surrogateescape")
     with pytest.raises(UserError, match=message) as raised:
         suite_file.load(str(path)).expand()
     assert "\n" not in str(raised.value).strip()

@@ -25,8 +25,10 @@ def capture(
     from attnbench.capture import capture as captured
     from attnbench.capture import save
     from attnbench.environment import pick_device
+    from attnbench.files import hold_folder
     from attnbench.pretrained import open_model
 
+    hold_folder(out)
     opened = open_model(model, data=data, batch=batch, n=n, device=pick_device(device))
     layers = captured(opened.model, opened.run)
     paths = save(layers, out, opened.source)

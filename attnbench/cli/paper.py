@@ -26,6 +26,7 @@ def paper(
     from attnbench import files, frame
     from attnbench import paper as texts
 
+    files.hold_folder(out)
     with_plugins(plugin)
     table, notes = frame.load(results)
     for note in notes:

@@ -24,9 +24,11 @@ def plot(
     """Draw every figure that the results allow, each as .pdf, .png and a .csv of exactly what was drawn; print their paths."""
     from attnbench import frame
     from attnbench.figures import draw_all
+    from attnbench.files import hold_folder
 
     with_plugins(plugin)
     folder = out or (results.parent if results.is_file() else results) / "figures"
+    hold_folder(folder)
     if examples:
         _draw_examples(examples, folder)
     if kept:

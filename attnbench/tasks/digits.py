@@ -64,7 +64,7 @@ def _load() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UserError("task digits needs the package scikit-learn, which carries the images: pip install attnbench[tasks]") from None
+        raise UserError("task digits needs the package scikit-learn, which carries the images: pip install 'attnbench[tasks]'") from None
     data = load_digits()
     return torch.from_numpy(data.images / 8.0 - 1.0).float(), torch.from_numpy(data.target).long()
 
