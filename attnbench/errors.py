@@ -1,4 +1,4 @@
-"""What a user did wrong, said in one line."""
+"""What a user did wrong, and what was raised, said in one line."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str = "") -> U
     advice = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(options) or 'nothing: none exist'}"
     place = f" in {where}" if where else ""
     return UserError(f"unknown {kind} {str(name)!r}{place}: {advice}")
+
+
+def raised(error: Exception) -> str:
+    """An exception's kind and the first line of what it says."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

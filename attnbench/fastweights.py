@@ -29,7 +29,7 @@ class Bank:
     """E experts of W hidden units for each of B x H heads.
 
     Either `w1` and `w2` hold the weights (compressed rows, which are no token's), or `index` says which token each hidden unit
-    is, and the weights are gathered from `keys` and `values` when needed.
+    is, and the weights are gathered from `keys` and `values` when needed. Raises `ValueError` where neither is whole.
     """
 
     keys: Tensor | None = None
@@ -60,6 +60,10 @@ class Bank:
     """`[B, H, E, W]` the latest token in each compressed unit, for `causal`"""
     sampled: bool = False
     """compressed rows are values read between neighbouring tokens: gathered, not folded"""
+
+    def __post_init__(self) -> None:
+        for x in (self.w1, self.w2) if self.index is None else (self.keys, self.values):
+            _given(x)
 
     @property
     def experts(self) -> int:

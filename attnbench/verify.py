@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnbench.errors import UserError
+from attnbench.errors import UserError, raised
 from attnbench.observation import LENGTHS, Observation, folded, gathers, observe, segmented, selects, together
 from attnbench.taxonomy import DIMENSIONS, Construction, Count, Expert, Scaling, Topology
 
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
     from attnbench.fastweights import Bank
     from attnbench.method import Method
+
+UNDECLARED = "neither experts nor no_experts: give experts(q, k, v, params), or say in no_experts why there are none"
+"""What a method lacks that can be measured by nothing and says no reason."""
 
 Found = tuple["StrEnum", ...]
 """The values that an observation allows."""
@@ -44,10 +47,12 @@ class Row:
     why: str
     """why it cannot, or what was seen"""
     conflict: bool
+    broken: bool = False
+    """whether it cannot be measured through a fault of the method: nothing is given that could be, or it raises"""
 
     def as_dict(self) -> dict[str, str]:
         """Printed form."""
-        verdict = "conflict" if self.conflict else "agrees" if self.measured else "not measurable"
+        verdict = "conflict" if self.conflict else "failed" if self.broken else "agrees" if self.measured else "not measurable"
         own = {"method": self.method, "dimension": self.dimension, "declared": self.declared}
         return {**own, "measured": " or ".join(self.measured), "verdict": verdict, "why": self.why}
 
@@ -55,18 +60,21 @@ class Row:
 def verify(method: Method) -> list[Row]:
     """One row a dimension. A conflict is a declared value that some observation rules out."""
     if method.experts is None:
-        return [_row(method, name, [], f"no fast weights: {method.no_experts}") for name in DIMENSIONS]
+        why = f"no fast weights: {method.no_experts}" if method.no_experts else UNDECLARED
+        return [_row(method, name, [], why, broken=not method.no_experts) for name in DIMENSIONS]
     try:
         seen = observe(method)
+        return [_row(method, name, *measure(seen)) for name, measure in MEASURES.items()]
     except UserError as error:
         return [_row(method, name, [], str(error)) for name in DIMENSIONS]
-    return [_row(method, name, *measure(seen)) for name, measure in MEASURES.items()]
+    except Exception as error:  # a plugin's experts may raise anything, or hold no weights
+        return [_row(method, name, [], raised(error), broken=True) for name in DIMENSIONS]
 
 
-def _row(method: Method, dimension: str, found: Sequence[Found], why: str) -> Row:
+def _row(method: Method, dimension: str, found: Sequence[Found], why: str, *, broken: bool = False) -> Row:
     declared = getattr(method.coordinates, dimension)
     values = tuple(dict.fromkeys(str(value) for one in found for value in one))
-    return Row(method.name, dimension, str(declared), values, why, any(one and declared not in one for one in found))
+    return Row(method.name, dimension, str(declared), values, why, any(one and declared not in one for one in found), broken)
 
 
 Measured = tuple[list[Found], str]
@@ -101,7 +109,9 @@ def count(seen: Sequence[Observation]) -> Measured:
     pairs = [(first.weights.banks[i].experts, last.weights.banks[i].experts) for i in first.routed if i in last.routed]
     found = tuple(dict.fromkeys(value for pair in pairs if (value := _growth(*pair))))
     why = "; ".join(f"E = {a} at N = {first.n}, {b} at N = {last.n}" for a, b in pairs)
-    return ([found] if found else []), why or "banks are routed at one length and shared at the other"
+    if not found:
+        why = f"{why}, neither constant nor in proportion to N" if why else "banks are routed at one length and shared at the other"
+    return ([found] if found else []), why
 
 
 def _growth(first: int, last: int) -> Count | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from cli_support import call
 from torch import Tensor
 
 import attnbench
-from attnbench import taxonomy
+from attnbench import registry, taxonomy
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Method, Params
 from attnbench.observation import LENGTHS
@@ -149,6 +152,38 @@ def test_what_cannot_be_measured_says_why() -> None:
     rows = verify(silent)
     assert {(r.measured, r.conflict, r.why) for r in rows} == {((), False, "no fast weights: its experts are learned while it runs")}
     assert {r.as_dict()["verdict"] for r in rows} == {"not measurable"}
+
+
+def _raises(*_: object) -> FastWeights:
+    raise ValueError("of its own making\nand more")
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ({"experts": None}, "neither experts nor no_experts: give experts(q, k, v, params), or say in no_experts why there are none"),
+        ({"experts": _raises}, "ValueError: of its own making"),
+        ({"experts": lambda *_: FastWeights((Bank(),))}, "ValueError: a bank needs w1 and w2, or index, keys and values"),
+    ],
+)
+def test_what_cannot_be_measured_through_a_fault_says_which_and_fails(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], why: str
+) -> None:
+    monkeypatch.setitem(registry.registry().found, "softmax", replace(attnbench.get("softmax"), **changed))
+    result = call("taxonomy", "--verify", "--scaling", "none", "--construction", "identity", "--format", "json")
+    assert result.exit_code == 1
+    rows = [row for row in json.loads(result.stdout) if row["method"] == "softmax"]
+    assert [(row["verdict"], row["why"]) for row in rows] == [("failed", why)] * len(DIMENSIONS)
+    assert f"softmax: {why}" in result.stderr
+
+
+def test_a_number_of_experts_that_fits_nothing_says_so() -> None:
+    def root(q: Tensor, k: Tensor, v: Tensor, params: Params) -> FastWeights:
+        index = blocks(k, int(k.shape[2] ** 0.5))
+        return FastWeights((Bank(k, v, index, routes=torch.zeros(*q.shape[:3], 1, dtype=torch.long)),))
+
+    row = next(r for r in verify(method(root, *attnbench.get("moba").coordinates.as_dict().values())) if r.dimension == "count")
+    assert (row.measured, row.why) == ((), "E = 12 at N = 144, 24 at N = 576, neither constant nor in proportion to N")
 
 
 def test_the_measuring_lengths_suit_every_method() -> None:

@@ -54,10 +54,11 @@ def taxonomy(
     if costs:
         _write(_costs(names, n, results), format_)
         return
-    rows, conflicts = _verified(names) if verify else (_table(names), 0)
+    rows, complaints = _verified(names) if verify else (_table(names), [])
     _write(rows, format_)
-    if conflicts:
-        complain(f"{conflicts} declared coordinates conflict with the measured ones")
+    for line in complaints:
+        complain(line)
+    if complaints:
         raise typer.Exit(1)
 
 
@@ -112,13 +113,15 @@ def _table(names: list[str]) -> Rows:
     return [{TITLES.get(key, key): value for key, value in row.items()} for row in rows([get(name) for name in names])]
 
 
-def _verified(names: list[str]) -> tuple[Rows, int]:
-    """Declared beside measured, and how many conflict."""
+def _verified(names: list[str]) -> tuple[Rows, list[str]]:
+    """Declared beside measured, and what is wrong with them."""
     from attnbench.registry import get
     from attnbench.verify import verify
 
     found = [row for name in names for row in verify(get(name))]
-    return [row.as_dict() for row in found], sum(row.conflict for row in found)
+    conflicts, broken = sum(row.conflict for row in found), dict.fromkeys(f"{row.method}: {row.why}" for row in found if row.broken)
+    told = [f"{conflicts} declared coordinates conflict with the measured ones"] if conflicts else []
+    return [row.as_dict() for row in found], [*told, *broken]
 
 
 def _write(rows: Rows, form: Format) -> None:
