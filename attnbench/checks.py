@@ -1,13 +1,17 @@
-"""What `attnbench check` asks: every implementation at several shapes and dtypes, held by the gate against its method's definition."""
+"""What `attnbench check` asks of implementations: each at several shapes and dtypes, held by the gate against its method's definition.
+
+What it asks of a method beside them is in `contract.py`; both find a `Finding`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 from attnbench.check import gate
+from attnbench.errors import raised
 from attnbench.inputs import draw
 from attnbench.isolate import Progress, report
 from attnbench.method import Shape
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
 _SHAPES = (Shape(2, 2, 63, 32), Shape(1, 4, 100, 64, 2), Shape(1, 2, 257, 64))
 """odd lengths, and fewer key heads than query heads"""
 _DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+Verdict = Literal["passed", "failed", "unsupported"]
 
 
 @dataclass(frozen=True)
@@ -29,12 +34,14 @@ class Finding:
     """What a check found."""
 
     implementation: str
+    """`method@implementation`, or the method's name where its contract is checked"""
     shape: str
     dtype: str
     mode: str
-    verdict: Literal["passed", "failed", "unsupported"]
+    """`causal forward+backward`, or the part of the contract"""
+    verdict: Verdict
     what: str
-    """the measure that came nearest to its bound, or the reasons"""
+    """the measure that came nearest to its bound, what was held, or the reasons"""
     error: float | None = None
     bound: float | None = None
 
@@ -42,6 +49,33 @@ class Finding:
     def broken(self) -> bool:
         """Whether it failed without a number: something raised, or its process ended."""
         return self.verdict == "failed" and self.error is None
+
+
+class Asked(Protocol):
+    """A question that is answered by a finding: `Check` here, `Part` of a contract."""
+
+    @property
+    def subject(self) -> str:
+        """What it is about: `method@implementation`, or a method."""
+
+    @property
+    def compiles(self) -> bool:
+        """Whether kernels are compiled for it."""
+
+    def run(self, device: str) -> Finding:
+        """Answer it."""
+
+    def mode(self, *, backward: bool) -> str:
+        """What a finding shows as its mode."""
+
+    def finding(self, mode: str, verdict: Verdict, what: str, error: float | None = None, bound: float | None = None) -> Finding:
+        """A finding of this question."""
+
+
+def text(shape: Shape) -> str:
+    """`B=1 H=4/2 N=100 D=64`"""
+    heads = f"{shape.heads}" + (f"/{shape.kv_heads}" if shape.kv_heads != shape.heads else "")
+    return f"B={shape.batch} H={heads} N={shape.n} D={shape.dim}"
 
 
 @dataclass(frozen=True)
@@ -53,6 +87,16 @@ class Check:
     shape: Shape
     causal: bool
     dtype: str
+
+    @property
+    def subject(self) -> str:
+        """`method@implementation`"""
+        return f"{self.method}@{self.implementation}"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it needs a package: such bring kernels of their own, compiled when they first run; all else is made of torch's."""
+        return bool(get(self.method).implementation(self.implementation).requires)
 
     def run(self, device: str) -> Finding:
         """Hold the implementation against the definition, and its gradients too where it has them."""
@@ -68,29 +112,19 @@ class Check:
         try:
             verdict = gate(method, item, params, draw("randn", self.shape, 0, kind, device), backward=backward)
         except Exception as error:  # an implementation may raise anything, and the others are still to be checked
-            return self.finding(mode, "failed", f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            return self.finding(mode, "failed", raised(error))
         return self.finding(mode, "passed" if verdict.passed else "failed", **_worst(verdict))
 
     def mode(self, *, backward: bool) -> str:
         """`causal forward+backward`, less what is not asked."""
         return ("causal " if self.causal else "") + ("forward+backward" if backward else "forward")
 
-    def finding(
-        self,
-        mode: str,
-        verdict: Literal["passed", "failed", "unsupported"],
-        what: str,
-        error: float | None = None,
-        bound: float | None = None,
-    ) -> Finding:
+    def finding(self, mode: str, verdict: Verdict, what: str, error: float | None = None, bound: float | None = None) -> Finding:
         """The finding of this check."""
-        s = self.shape
-        heads = f"{s.heads}" + (f"/{s.kv_heads}" if s.kv_heads != s.heads else "")
-        shape = f"B={s.batch} H={heads} N={s.n} D={s.dim}"
-        return Finding(f"{self.method}@{self.implementation}", shape, self.dtype, mode, verdict, what, error, bound)
+        return Finding(self.subject, text(self.shape), self.dtype, mode, verdict, what, error, bound)
 
     def __str__(self) -> str:
-        return f"{self.method}@{self.implementation} N={self.shape.n} {'causal ' if self.causal else ''}{self.dtype}"
+        return f"{self.subject} N={self.shape.n} {'causal ' if self.causal else ''}{self.dtype}"
 
 
 def checks(method: Method, device: str) -> Iterator[Check]:

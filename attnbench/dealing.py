@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnbench.isolate import Reply, Worker, WorkerDiedError, WorkerHungError
-from attnbench.registry import add_plugins, get
+from attnbench.registry import add_plugins
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterator, Sequence
     from pathlib import Path
 
-    from attnbench.checks import Check, Finding
+    from attnbench.checks import Asked, Finding
 
 CHECK_S = 600.0
 """Time that a check in a process of its own may take, compilation included."""
 
 
 def findings(
-    checks: Sequence[Check],
+    checks: Sequence[Asked],
     device: str,
     concurrent: int = 1,
     *,
@@ -46,22 +46,20 @@ def findings(
         yield place, check.run(device)
 
 
-def order(checks: Sequence[Check]) -> list[int]:
+def order(checks: Sequence[Asked]) -> list[int]:
     """Places in the order in which checks are dealt: implementations that compile before the others, one check of each in turn.
 
-    What needs a package brings kernels of its own, compiled when they first run; everything else is made of torch's. In turn, since
-    checks of one implementation share kernels: run one after another, the later ones find them compiled on disk.
+    In turn, since checks of one implementation share kernels: run one after another, the later ones find them compiled on disk.
     """
-    turns: Counter[tuple[str, str]] = Counter()
+    turns: Counter[str] = Counter()
     keys: list[tuple[bool, int, int]] = []
     for place, check in enumerate(checks):
-        pair = (check.method, check.implementation)
-        keys.append((not get(check.method).implementation(check.implementation).requires, turns[pair], place))
-        turns[pair] += 1
+        keys.append((not check.compiles, turns[check.subject], place))
+        turns[check.subject] += 1
     return [place for *_, place in sorted(keys)]
 
 
-def setup(device: str, plugins: tuple[Path, ...], processes: int) -> Callable[[Check], Reply]:
+def setup(device: str, plugins: tuple[Path, ...], processes: int) -> Callable[[Asked], Reply]:
     """Make a worker ready: plugins, the GPU, and on the CPU its share of the cores. A check that broke is the last of its process."""
     add_plugins(plugins)
     if device == "cuda":
@@ -69,7 +67,7 @@ def setup(device: str, plugins: tuple[Path, ...], processes: int) -> Callable[[C
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
 
-    def job(check: Check) -> Reply:
+    def job(check: Asked) -> Reply:
         found = check.run(device)
         return Reply(found, reusable=not found.broken)
 
@@ -80,7 +78,7 @@ def setup(device: str, plugins: tuple[Path, ...], processes: int) -> Callable[[C
 class _Several:
     """Some checks at a time, each in one of the workers."""
 
-    checks: Sequence[Check]
+    checks: Sequence[Asked]
     workers: Sequence[Worker]
     timeout_s: float
     hear: Callable[[int], None]
@@ -114,7 +112,7 @@ class _Several:
         except Exception as error:  # told to the thread that waits
             self._told.put((place, error))
 
-    def _asked(self, check: Check, worker: Worker) -> Finding:
+    def _asked(self, check: Asked, worker: Worker) -> Finding:
         modes = [check.mode(backward=False)]
         try:
             found: Finding = worker.run(check, self.timeout_s, lambda told: modes.append(told.text))

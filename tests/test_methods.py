@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
-
 import pytest
 import torch
 
 import attnbench
-from attnbench import fastweights
-from attnbench.inputs import draw
-from attnbench.method import EAGER, Method, Params, Shape
-from attnbench.taxonomy import DIMENSIONS
+from attnbench import contract
+from attnbench.contract import Outcome, doubles, options, stirred
+from attnbench.method import Method, Params, Shape
 
 ODD = [
     Shape(1, 1, 1, 8),
@@ -29,25 +26,16 @@ def ids(shape: Shape) -> str:
 
 def settled(method: Method, shape: Shape, causal: bool) -> Params:
     """Parameters fitted to the shape; skips, with the method's own reason, what it does not support."""
-    params = method.parse({"causal": causal}).fitted(shape)
-    if reasons := method.limits.reasons(shape, torch.float64, "cpu", params) + params.problems(shape):
+    params, reasons = contract.settled(method, shape, causal=causal)
+    if reasons:
         pytest.skip("; ".join(reasons))
     return params
 
 
-def stirred(method: Method, shape: Shape, params: Params, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
-    """Learned parameters moved off their initial values, where zeros and symmetries would hide mistakes."""
-    g = torch.Generator().manual_seed(7)
-    drawn = method.initial(shape, params, torch.empty(0, dtype=torch.float64))
-    return {name: (x + 0.1 * torch.randn(x.shape, generator=g, dtype=x.dtype)).to(dtype) for name, x in drawn.items()}
-
-
-def options(weights: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    return {"weights": weights} if weights else {}
-
-
-def doubles(shape: Shape, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return draw("randn", shape, seed, torch.float64, "cpu")
+def kept(outcome: Outcome) -> None:
+    if outcome.verdict == "unsupported":
+        pytest.skip(outcome.what)
+    assert outcome.verdict == "passed", outcome
 
 
 @pytest.fixture(params=attnbench.methods())
@@ -55,85 +43,23 @@ def method(request: pytest.FixtureRequest) -> Method:
     return attnbench.get(request.param)
 
 
-def test_exports_are_complete(method: Method) -> None:
-    assert method.title
-    assert method.citation.url.startswith("https://")
-    assert all(isinstance(getattr(method.coordinates, name), kind) for name, kind in DIMENSIONS.items())
-    assert (method.experts is None) == bool(method.no_experts), "either experts, or why there are none"
-    names = [i.name for i in method.implementations]
-    assert len(set(names)) == len(names)
-    assert EAGER not in names
-    assert inspect.getdoc(inspect.getmodule(method.reference)), "a method's module says what it is"
-    for name, field in method.params.__dataclass_fields__.items():
-        assert field.metadata.get("doc"), f"parameter {name} has no description"
+def test_every_method_keeps_the_contract_that_check_asks(method: Method) -> None:
+    found = [part.run("cpu") for part in contract.parts(method)]
+    assert {f.mode.removeprefix("causal ") for f in found} == set(contract.PARTS)
+    assert not [f for f in found if f.verdict == "failed"]
+    assert {f.mode for f in found if f.verdict == "passed"} >= {"declaration", "reference", "heads", "cost"}
 
 
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("shape", ODD, ids=ids)
 def test_reference_is_finite_and_shaped(method: Method, shape: Shape, causal: bool) -> None:
-    params = settled(method, shape, causal)
-    out = method.reference(*doubles(shape), params)
-    assert out.shape == (shape.batch, shape.heads, shape.n, shape.dim_v)
-    assert out.dtype == torch.float64
-    assert out.isfinite().all()
+    kept(contract.reference(method, shape, settled(method, shape, causal)))
 
 
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("shape", ODD, ids=ids)
 def test_fast_weights_equal_the_reference(method: Method, shape: Shape, causal: bool) -> None:
-    if method.experts is None:
-        pytest.skip(method.no_experts)
-    params = settled(method, shape, causal)
-    q, k, v = doubles(shape)
-    for own in ({}, options(stirred(method, shape, params))):
-        want = method.reference(q, k, v, params, **own)
-        got = fastweights.apply(method.experts(q, k, v, params, **own), q)
-        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
-
-
-@pytest.mark.parametrize("causal", CAUSAL)
-def test_rows_are_rows_of_the_whole(method: Method, causal: bool) -> None:
-    if not method.takes_rows:
-        pytest.skip("the reference cannot be sampled")
-    shape = Shape(2, 2, 63, 8)
-    params = settled(method, shape, causal)
-    rows = torch.tensor([0, 3, 17, 62])
-    q, k, v = doubles(shape)
-    whole = method.reference(q, k, v, params)
-    torch.testing.assert_close(method.reference(q, k, v, params, rows=rows), whole[:, :, rows])
-
-
-def test_a_batch_element_does_not_see_the_others(method: Method) -> None:
-    shape = Shape(3, 2, 40, 8)
-    params = settled(method, shape, False)
-    q, k, v = doubles(shape)
-    whole = method.reference(q, k, v, params)
-    torch.testing.assert_close(method.reference(q[1:2], k[1:2], v[1:2], params), whole[1:2], rtol=1e-9, atol=1e-11)
-
-
-def test_heads_are_coupled_only_where_declared(method: Method) -> None:
-    shape = Shape(1, 3, 400, 8)  # long enough that regions are left out
-    params = settled(method, shape, False)
-    q, k, v = doubles(shape)
-    own = options(stirred(method, shape, params))
-    before = method.reference(q, k, v, params, **own)
-    for x in (q, k, v):
-        x[:, 1] += torch.randn(x[:, 1].shape, dtype=x.dtype, generator=torch.Generator().manual_seed(2))
-    after = method.reference(q, k, v, params, **own)
-    assert torch.allclose(after[:, [0, 2]], before[:, [0, 2]], rtol=1e-9, atol=1e-11) != method.couples_heads
-    assert not torch.allclose(after[:, 1], before[:, 1])
-
-
-def test_causal_form_ignores_the_future(method: Method) -> None:
-    shape = Shape(1, 2, 80, 8)
-    params = settled(method, shape, True)
-    q, k, v = doubles(shape)
-    before = method.reference(q, k, v, params)
-    for x in (q, k, v):
-        x[:, :, 50:] += 1.0
-    after = method.reference(q, k, v, params)
-    torch.testing.assert_close(after[:, :, :50], before[:, :, :50], rtol=1e-9, atol=1e-11)
-    assert not torch.allclose(after[:, :, 50:], before[:, :, 50:])
+    kept(contract.experts(method, shape, settled(method, shape, causal)))
 
 
 def test_gradients_of_the_reference(method: Method) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from attnbench.checks import Check, Finding
+    from attnbench.checks import Asked, Finding
 
 
 def check(
@@ -29,8 +29,13 @@ def check(
     json: Json = False,
     plugin: Plugins = [],
 ) -> None:
-    """Hold implementations against their method's float64 definition, as every run does before it times one. Exit code 1 on a failure."""
+    """Hold a method to its contract: what it declares, its definition, fast weights, coordinates and cost, and every implementation.
+
+    Implementations are held against the method's float64 definition, as every run does before it times one; of NAME@IMPLEMENTATION, that
+    one alone is. Exit code 1 on a failure.
+    """
     from attnbench.checks import checks
+    from attnbench.contract import parts
     from attnbench.environment import pick_device
     from attnbench.registry import get, methods
 
@@ -40,14 +45,17 @@ def check(
     if concurrent < 1:
         raise UserError(f"--concurrent {concurrent}: no check would run: give at least 1")
     kind = pick_device(device)
-    found = _found([asked for each in ([name] if name else methods()) for asked in checks(get(each), kind)], kind, concurrent, plugin)
+    asked: list[Asked] = []
+    for method in map(get, [name] if name else methods()):
+        asked += [*parts(method), *checks(method, kind)]
+    found = _found(asked, kind, concurrent, plugin)
     emit_json([asdict(row) for row in found]) if json else emit_table([_line(row) for row in found])
     failed = sum(row.verdict == "failed" for row in found)
     complain(f"{len(found)} checks, {failed} failed")
     raise typer.Exit(1 if failed else 0)
 
 
-def _found(asked: "Sequence[Check]", device: str, concurrent: int, plugins: "Sequence[Path]") -> "list[Finding]":
+def _found(asked: "Sequence[Asked]", device: str, concurrent: int, plugins: "Sequence[Path]") -> "list[Finding]":
     """What the checks found, in their order, whichever ended first."""
     from attnbench.cli._progress import Tally
     from attnbench.dealing import findings
