@@ -32,10 +32,11 @@ FLAGS = {
     "env": {"--device", "--json"},
     "list": {"--device", "--verbose", "-v", "--json", "--plugin"},
     "merge": {"--into"},
-    "paper": {"--out", "--lengths", "--plugin"},
+    "new": {"--out"},
+    "paper": {"--out", "--lengths", "--suite", "--method", "--device", "--plugin"},
     "plan": {"--method", "--axis", "--set", "--budget", "--data", "--flops", "--bandwidth", "--json", "--plugin"},
-    "plot": {"--out", "--examples", "--kept", "--data", "--plugin"},
-    "report": {"--format", "--lengths", "--out", "--html", "--plugin"},
+    "plot": {"--out", "--examples", "--kept", "--data", "--figure", "--suite", "--method", "--device", "--plugin"},
+    "report": {"--format", "--lengths", "--out", "--html", "--suite", "--method", "--device", "--plugin"},
     "run": {
         *("--results", "--device", "--method", "--axis", "--set", "--budget", "--resume", "--no-resume", "--retry", "--timeout"),
         *("--budget-s", "--untimed", "--breakdown", "--energy", "--quiet", "-q", "--json", "--plugin", "--shard", "--executor"),
@@ -336,8 +337,9 @@ def test_plot_prints_the_paths_of_what_it_drew(tmp_path: Path) -> None:
 
 
 def test_completion_knows_methods_and_suites() -> None:
-    from attnbench.cli._options import complete_method, complete_suite
+    from attnbench.cli._options import complete_figure, complete_method, complete_suite
 
+    assert complete_figure("la") == ["latency"]
     assert complete_method("mo") == ["moba"]
     assert complete_method("m") == ["mhla", "mita", "moba"]
     assert complete_suite("s") == ["speed", "swap_in"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import synthetic
-from cli_support import call
+from cli_support import answer, call
 
 from attnbench import registry
 from attnbench.case import Case
@@ -179,3 +179,39 @@ def test_a_broken_implementation_is_no_absent_package(
     assert record.status is Status(status), record.reasons
     assert record.implementation == ("eager" if status == "ok" else "")
     assert status == "ok" or record.reasons[0].startswith("strided@fast cannot be imported: ")
+
+
+def test_new_writes_a_method_that_passes_every_check() -> None:
+    """And says what to run next."""
+    made = call("new", "my_method")
+    assert (made.exit_code, made.stdout) == (0, "my_method.py\n"), made.output
+    plugin = ("--plugin", "my_method.py")
+    assert f"attnbench check {' '.join(plugin)} my_method\n" in made.stderr
+    assert f"attnbench run quick {' '.join(plugin)} --method my_method --method softmax --results mine\n" in made.stderr
+    found = answer("check", "my_method", *plugin, "--device", "cpu", "--json")
+    assert {row["verdict"] for row in found} == {"passed"}
+    assert {"my_method@eager", "my_method@split"} <= {row["implementation"] for row in found}
+    measured = answer("taxonomy", "--verify", "--scaling", "routing", "--count", "m", "--format", "json", *plugin)
+    assert [(row["method"], row["verdict"]) for row in measured] == [("my_method", "agrees")] * 5
+    facts = answer("show", "my_method", *plugin, "--json")
+    assert (facts["title"], facts["budget"]) == ("My method", ["stride"])
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("3rd", "'3rd' is no name of a method"),
+        ("class", "'class' is no name of a method"),
+        ("_mine", "'_mine' is no name of a method"),
+        ("softmax", "there is a method 'softmax' already"),
+        ("mine --out yours.py", "the file is named as its method: give a path that ends in mine.py"),
+        ("mine --out absent/mine.py", "cannot write absent/mine.py: No such file or directory; give a folder that exists"),
+        ("held", "held.py exists"),
+    ],
+)
+def test_new_refuses_what_would_not_be_found_or_is_there(words: str, why: str, tmp_path: Path) -> None:
+    (tmp_path / "held.py").write_text("mine")
+    result = call("new", *words.split())
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1), result.output
+    assert why in result.stderr
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("held.py", "mine")]

@@ -17,6 +17,7 @@ from attnbench.cli.crossover import crossover
 from attnbench.cli.env import env
 from attnbench.cli.list import list_methods
 from attnbench.cli.merge import merge
+from attnbench.cli.new import new
 from attnbench.cli.paper import paper
 from attnbench.cli.plan import plan
 from attnbench.cli.plot import plot
@@ -73,6 +74,7 @@ for _name, _command, _panel in (
     ("show", show, METHODS),
     ("taxonomy", taxonomy, METHODS),
     ("check", check, METHODS),
+    ("new", new, METHODS),
     ("suites", suites, MEASURE),
     ("plan", plan, MEASURE),
     ("run", run, MEASURE),
@@ -86,7 +88,7 @@ for _name, _command, _panel in (
     ("merge", merge, RESULTS),
 ):
     app.command(
-        _name, rich_help_panel=_panel, no_args_is_help=_name in ("show", "plan", "capture", "run", "compare", "crossover", "merge")
+        _name, rich_help_panel=_panel, no_args_is_help=_name in ("new", "show", "plan", "capture", "run", "compare", "crossover", "merge")
     )(_command)
 
 
