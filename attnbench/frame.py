@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from attnbench import store
+from attnbench.errors import UserError
 from attnbench.stats import median
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from attnbench.record import Record
@@ -45,6 +46,40 @@ def current(table: pd.DataFrame) -> pd.DataFrame:
     """One row a cell: where a cell ran in several environments of one device, the newest `ok`, else the newest attempt."""
     ranked = table.assign(_ok=table["status"] == "ok").sort_values(["_ok", "started"], kind="stable")
     return ranked.drop_duplicates(["suite", "device", "case_id"], keep="last").sort_index().drop(columns="_ok")
+
+
+def only(table: pd.DataFrame, suites: Sequence[str] = (), methods: Sequence[str] = (), devices: Sequence[str] = ()) -> pd.DataFrame:
+    """The rows of these suites, methods and devices; of all where none are named.
+
+    A method is `name`, or `name@implementation` as asked for or as it ran; a device is named as records or as file names do. Raises
+    `UserError` where a name, or all of them together, leave nothing.
+    """
+    asked: list[pd.Series[bool]] = []
+    for option, column, names in (("suite", "suite", suites), ("method", "method", methods), ("device", "device", devices)):
+        if not names or table.empty:
+            continue
+        found = [_named(table, option, name) for name in names]
+        for name, rows in zip(names, found, strict=True):
+            if not rows.any():
+                known = table[table["method"] == name.partition("@")[0]] if option == "method" and "@" in name else table[:0]
+                there = [f"{m}@{i}" for m, i in zip(known["method"], known["implementation"], strict=True) if i] or table[column].tolist()
+                raise UserError(f"--{option} {name}: these results have {', '.join(sorted({v or 'unknown device' for v in there}))}")
+        asked.append(pd.concat(found, axis=1).any(axis=1))
+    kept = table[pd.concat(asked, axis=1).all(axis=1)] if asked else table
+    if asked and kept.empty:
+        left = table[asked[0]]
+        there = [f"{v} on {d or 'unknown device'}" for v, d in sorted(set(zip(left["suite"], left["device"], strict=True)))]
+        raise UserError(f"no record has all that the filters ask for: the first of them leaves {', '.join(there)}")
+    return kept
+
+
+def _named(table: pd.DataFrame, option: str, name: str) -> pd.Series[bool]:
+    if option == "method" and "@" in name:
+        return (table["label"] == name) | (table["method"] + "@" + table["implementation"].fillna("") == name)
+    if option == "device":
+        slug = store.device_slug(name)
+        return table["device"].map(lambda d: store.device_slug(str(d) or "unknown device") == slug)
+    return table[option] == name
 
 
 def timed(row: Mapping[str, Any]) -> bool:

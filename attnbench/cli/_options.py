@@ -40,6 +40,11 @@ def complete_suite(incomplete: str) -> list[str]:
     return _built_in("attnbench.suites", ".toml", incomplete)
 
 
+def complete_figure(incomplete: str) -> list[str]:
+    """Figures that begin so."""
+    return _built_in("attnbench.figures", ".py", incomplete)
+
+
 FOLDER_TASK = "images"
 """The trained task that reads a folder."""
 

@@ -2,7 +2,7 @@
 
 import sys
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -11,12 +11,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from attnbench.cli._output import StdoutError, silence
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from attnbench.case import Case
     from attnbench.isolate import Progress as CellProgress
     from attnbench.record import Record
     from attnbench.runner import Event
+
+
+T = TypeVar("T")
 
 
 def _bars(console: Console, *, live: bool, transient: bool = False) -> Progress:
@@ -120,3 +123,12 @@ class Tally:
         first = escape(self._names[next(iter(self._running))]) if self._running else ""
         more = f", and {len(self._running) - 1} more" if len(self._running) > 1 else ""
         self._progress.update(self._task, advance=done, description=first + more)
+
+
+def following(things: "Sequence[T]", name: "Callable[[T], str]") -> "Iterator[T]":
+    """The things one after another, with a bar of how many are done and the name of the one at hand; shown on a terminal alone."""
+    with _bars(Console(stderr=True, soft_wrap=True), live=sys.stderr.isatty(), transient=True) as bars:
+        task = bars.add_task("", total=len(things))
+        for done, thing in enumerate(things):
+            bars.update(task, completed=done, description=escape(name(thing)))
+            yield thing

@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from attnbench.cli._options import Plugins, note_strangers, with_plugins
-from attnbench.cli._output import complain
+from attnbench.cli import _filters
+from attnbench.cli._options import Plugins, complete_figure, with_plugins
+from attnbench.cli._progress import following
 
 
 def plot(
@@ -19,11 +20,16 @@ def plot(
         Path | None, typer.Option("--kept", metavar="CHECKPOINT", help="Instead draw which tokens the experts of a trained model keep.")
     ] = None,
     data: Annotated[Path | None, typer.Option("--data", metavar="PATH", help="With --kept: the folder of images of its task.")] = None,
+    figure: Annotated[
+        list[str], typer.Option("--figure", metavar="NAME", help="Only this figure. Repeatable.", autocompletion=complete_figure)
+    ] = [],
+    suite: _filters.Suites = [],
+    method: _filters.Methods = [],
+    device: _filters.Devices = [],
     plugin: Plugins = [],
 ) -> None:
     """Draw every figure that the results allow, each as .pdf, .png and a .csv of exactly what was drawn; print their paths."""
-    from attnbench import frame
-    from attnbench.figures import draw_all
+    from attnbench.figures import drawn, told, write
     from attnbench.files import hold_folder
 
     with_plugins(plugin)
@@ -35,12 +41,10 @@ def plot(
         _draw_kept(kept, data, folder)
     if examples or kept:
         return
-    table, notes = frame.load(results)
-    for note in notes:
-        complain(note)
-    note_strangers(table)
-    for path in draw_all(table, folder):
-        print(path)
+    table = _filters.load(results, suite, method, device)
+    for one in drawn(table, names=figure, follow=lambda plan: following(plan, told)):
+        for path in write(one.figure, one.module.data(one.rows), folder / one.stem):
+            print(path)
 
 
 def _draw_examples(tasks: list[str], folder: Path) -> None:

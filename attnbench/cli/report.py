@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from attnbench.cli._options import Plugins, note_strangers, with_plugins
+from attnbench.cli import _filters
+from attnbench.cli._options import Plugins, with_plugins
 from attnbench.cli._output import complain
 from attnbench.errors import UserError
 
@@ -29,16 +30,16 @@ def report(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write one page with plots instead, for a browser, without network.")
     ] = None,
+    suite: _filters.Suites = [],
+    method: _filters.Methods = [],
+    device: _filters.Devices = [],
     plugin: Plugins = [],
 ) -> None:
     """Write the results as tables: a row a method, a column a length, speed-ups over the best dense method, failures in their place."""
-    from attnbench import files, frame, tables, typeset
+    from attnbench import files, tables, typeset
 
     with_plugins(plugin)
-    table, notes = frame.load(results)
-    for note in notes:
-        complain(note)
-    note_strangers(table)
+    table = _filters.load(results, suite, method, device)
     if html is not None:
         _refuse_other_forms(lengths, format_, out)
         files.write(html, _page(results, table), parents=False)
@@ -59,12 +60,14 @@ def _refuse_other_forms(lengths: str, format_: Format, out: Path | None) -> None
 
 def _page(results: Path, table: "pd.DataFrame") -> str:
     from attnbench import page, store
-    from attnbench.figures import _interactive
+    from attnbench.cli._progress import following
+    from attnbench.figures import _interactive, told
 
     if table.empty:
         raise UserError(f"{results} holds no record yet: run a suite first")
     environments = {key: facts for file in store.find(results) for key, facts in store.environments(file).items()}
-    return page.build(table, environments, _interactive.plots(table), _interactive.script(), _interactive.legend())
+    plots = _interactive.plots(table, lambda plan: following(plan, told))
+    return page.build(table, environments, plots, _interactive.script(), _interactive.legend())
 
 
 def _lengths(text: str, table: "pd.DataFrame") -> list[int] | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 from attnbench import series
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from pathlib import Path
 
     import pandas as pd
@@ -79,23 +79,44 @@ TALL = 1.6
 """Height over width beyond which a figure of one column is drawn as wide as two: a page would scale it down until nobody reads it."""
 
 
-def drawn(table: pd.DataFrame, columns: int = 2) -> Iterator[Drawn]:
-    """Every figure that the table allows, one after another. Raises `UserError` at the end where there was none."""
+def planned(table: pd.DataFrame, names: Sequence[str] = ()) -> list[tuple[FigureModule, series.Group]]:
+    """What may be drawn of a table: every figure, or those named, with each group that it takes. Raises `UserError` for unknown names."""
+    from attnbench.errors import UserError
+
+    known = modules()
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"there is no figure {unknown[0]!r}: they are {', '.join(known)}")
+    chosen = [module for name, module in known.items() if name in names or not names] if len(table) else []
+    return [(module, group) for module in chosen for group in parts(module, table)]
+
+
+def told(one: tuple[FigureModule, series.Group]) -> str:
+    """What is being drawn, in words."""
+    return f"{one[0].NAME} of {one[1].suite}"
+
+
+def drawn(
+    table: pd.DataFrame, columns: int = 2, names: Sequence[str] = (), follow: Callable[[Sequence[Any]], Iterable[Any]] = iter
+) -> Iterator[Drawn]:
+    """Every figure that the table allows, or those named, one after another. Raises `UserError` at the end where there was none.
+
+    `follow` passes on what is `planned`, and may so show how far it is.
+    """
     from attnbench.errors import UserError
     from attnbench.figures import _style
 
     count = 0
-    for module in modules().values() if len(table) else ():
-        for group in parts(module, table):
-            with _style.paper():
-                figure = module.build(group.rows, columns)
-                if figure is not None and columns == 1 and figure.get_figheight() > TALL * figure.get_figwidth():
-                    figure = module.build(group.rows, 2)
-                if figure is not None:
-                    count += 1
-                    yield Drawn(f"{group.suite}-{module.NAME}-{group.place}", module, group.rows, figure)
+    for module, group in follow(planned(table, names)):
+        with _style.paper():
+            figure = module.build(group.rows, columns)
+            if figure is not None and columns == 1 and figure.get_figheight() > TALL * figure.get_figwidth():
+                figure = module.build(group.rows, 2)
+            if figure is not None:
+                count += 1
+                yield Drawn(f"{group.suite}-{module.NAME}-{group.place}", module, group.rows, figure)
     if not count:
-        raise UserError("nothing to draw: no cell of these results was measured; `attnbench report` lists why")
+        what = f"no {' or '.join(names)}" if names else "nothing"
+        raise UserError(f"{what} to draw: no cell of these results was measured for it; `attnbench report` lists why")
 
 
 _METADATA: dict[str, dict[str, Any]] = {".pdf": {"CreationDate": None, "ModDate": None, "Creator": "attnbench", "Producer": None}}
@@ -103,20 +124,22 @@ _METADATA: dict[str, dict[str, Any]] = {".pdf": {"CreationDate": None, "ModDate"
 
 
 def write(figure: Figure, data: pd.DataFrame, stem: Path, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
-    """Write a figure as .pdf and .png, and what is in it as .csv. Returns the paths. Raises `UserError` where they cannot be written."""
+    """Write a figure as .pdf and .png, and what is in it as .csv, each whole or not at all. Returns the paths. Raises `UserError`."""
     from attnbench.errors import UserError
+    from attnbench.files import make_folder, replacing
 
     paths = [stem.with_name(stem.name + suffix) for suffix in suffixes]
+    make_folder(stem.parent)
     try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
         with _laid_out(figure):
             for path in paths:
-                if path.suffix == ".csv":
-                    data.to_csv(path, index=False)
-                elif path.suffix == ".png":
-                    _save_png(figure, path)
-                else:
-                    figure.savefig(path, metadata=_METADATA[path.suffix])
+                with replacing(path) as fresh:
+                    if path.suffix == ".csv":
+                        data.to_csv(fresh, index=False)
+                    elif path.suffix == ".png":
+                        _save_png(figure, fresh)
+                    else:
+                        figure.savefig(fresh, format=path.suffix[1:], metadata=_METADATA[path.suffix])
     except OSError as error:
         raise UserError(f"cannot write to {stem.parent}: {error.strerror}") from None
     return paths
@@ -144,7 +167,7 @@ def _save_png(figure: Figure, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 
-    canvas = FigureCanvasAgg(figure)
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba(), "raw", "RGBA", 0, 1)
     picture.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, "PNG")

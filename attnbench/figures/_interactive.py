@@ -23,7 +23,7 @@ from attnbench.figures._style import BASELINE, COLOURS, WORDS, length
 from attnbench.metrics import METRICS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     import pandas as pd
 
@@ -62,25 +62,26 @@ def script() -> str:
     return "\n".join(INLINE.clone(components=["bokeh"]).js_raw)
 
 
-def plots(table: pd.DataFrame) -> list[Plot]:
+def plots(table: pd.DataFrame, follow: Callable[[Sequence[Any]], Iterable[Any]] = iter) -> list[Plot]:
     """All plots that a results table allows, sections with most methods first. Devices and conditions are never pooled.
+
+    `follow` passes on what is planned, as in `attnbench.figures.drawn`.
 
     Raises `UserError` where Bokeh is not installed.
     """
     _bokeh()
     found: list[Plot] = []
     methods: dict[str, int] = {}
-    modules, sections = figures.modules(), _sections(table)
-    for name in sorted(modules, key=_rank):
-        for group in figures.parts(modules[name], table) if len(table) else ():
-            data = modules[name].data(group.rows)
-            if data.empty:
-                continue
-            own = group.rows[group.rows["suite"] == group.suite]
-            section = sections[group.suite, str(own["case_id"].iloc[0])]
-            methods[section] = max(methods.get(section, 0), own["method"].nunique())
-            facets = getattr(modules[name].data, "__self__", None)
-            found += [Plot(section, title, _item(plot)) for title, plot in _drawn(name, data, facets)]
+    sections = _sections(table)
+    for module, group in follow(sorted(figures.planned(table), key=lambda one: _rank(one[0].NAME))):
+        data = module.data(group.rows)
+        if data.empty:
+            continue
+        own = group.rows[group.rows["suite"] == group.suite]
+        section = sections[group.suite, str(own["case_id"].iloc[0])]
+        methods[section] = max(methods.get(section, 0), own["method"].nunique())
+        facets = getattr(module.data, "__self__", None)
+        found += [Plot(section, title, _item(plot)) for title, plot in _drawn(module.NAME, data, facets)]
     return sorted(found, key=lambda plot: -methods[plot.section])  # stable: figures keep their order
 
 
