@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from attnbench import fastweights
 from attnbench.checks import Finding, Verdict, text
@@ -166,7 +167,8 @@ def declaration(method: Method, _shape: Shape, _params: Params) -> Outcome:
 
 
 def reference(method: Method, shape: Shape, params: Params) -> Outcome:
-    """The definition is finite and of the right form; some rows are rows of the whole, and a batch element is alone."""
+    """The definition is finite and of the right form, is softmax attention where it says so (`exact`), some rows of it are rows of the
+    whole, and a batch element is alone."""
     q, k, v = doubles(shape)
     whole, wanted = method.reference(q, k, v, params), (shape.batch, shape.heads, shape.n, shape.dim_v)
     if tuple(whole.shape) != wanted or whole.dtype != q.dtype:
@@ -178,6 +180,9 @@ def reference(method: Method, shape: Shape, params: Params) -> Outcome:
     if method.takes_rows:
         rows = torch.tensor(sorted({0, shape.n // 3, shape.n - 1}))
         errors["rows of the whole"] = difference(method.reference(q, k, v, params, rows=rows), whole[:, :, rows])
+    if method.exact:
+        softmax = scaled_dot_product_attention(q, k, v, is_causal=params.causal, enable_gqa=True)
+        errors["softmax attention, which exact says it is"] = difference(whole, softmax)
     return _held(errors)
 
 
@@ -238,7 +243,7 @@ def coordinates(method: Method, _shape: Shape, _params: Params) -> Outcome:
 
 def cost(method: Method, shape: Shape, params: Params) -> Outcome:
     """The cost model holds what can be held without a machine: see `attnbench.plausible`."""
-    return _said(problems(method, shape, params), "stages, reading, bytes, batch, growth")
+    return _said(problems(method, shape, params), "stages, reading, bytes, batch, size, growth")
 
 
 PARTS: dict[str, Callable[[Method, Shape, Params], Outcome]] = {

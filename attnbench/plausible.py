@@ -8,7 +8,8 @@ Held are:
   (W - 1, since one unit alone needs neither; weights that are zero are left out). Linear units fold into as many rows as their keys have
   entries, and are only summed. The sums must be in `attend`, `read` or `other`, the scores in no stage that only builds experts;
 - bytes: at least the queries and the output once;
-- batch: a stage of twice the batch does twice the work, and no stage but `project`, which may fold learned maps, does any beside;
+- batch: for twice the batch a stage does twice the work, or no more than that where it is `project`, which may fold learned maps once;
+- size: for twice the heads and four times the tokens every stage does more;
 - growth: FLOPs and bytes grow as N to a power from 1 to 2, defaults fitted to each length.
 
 Not held is how much building and choosing experts costs (pooling, landmarks, scores that only select), nor that more is not counted than
@@ -50,7 +51,8 @@ def problems(method: Method, shape: Shape, params: Params) -> list[str]:
     malformed = _malformed(cost)
     if malformed:  # the numbers mean nothing
         return malformed
-    return [*_reading(method, cost, shape, params), *_bytes(cost, shape), *_batch(method, cost, shape, params), *_growth(method, params)]
+    own = (method, cost, shape, params)
+    return [*_reading(*own), *_bytes(cost, shape), *_batch(*own), *_size(*own), *_growth(method, params)]
 
 
 def least(weights: FastWeights, q: Tensor) -> tuple[float, float]:
@@ -124,6 +126,16 @@ def _batch(method: Method, cost: Cost, shape: Shape, params: Params) -> Iterator
             yield f"stage {stage!r}: {flops} FLOPs, and {more} for twice the batch"
     if not cost.bytes(_SIZE) < twice.bytes(_SIZE) <= 2 * cost.bytes(_SIZE):
         yield f"{cost.bytes(_SIZE)} bytes, and {twice.bytes(_SIZE)} for twice the batch"
+
+
+def _size(method: Method, cost: Cost, shape: Shape, params: Params) -> Iterator[str]:
+    larger = replace(shape, heads=2 * shape.heads, kv_heads=2 * shape.kv_heads, n=4 * shape.n, keys=4 * shape.keys)
+    if params.problems(larger):
+        return
+    flops = method.cost(larger, params).flops
+    for stage, own in cost.flops.items():
+        if own and flops.get(stage, 0) <= own:
+            yield f"stage {stage!r}: {own} FLOPs, and {flops.get(stage, 0)} for twice the heads and four times the tokens"
 
 
 def _growth(method: Method, params: Params) -> Iterator[str]:

@@ -74,9 +74,8 @@ def test_those_that_compile_come_first_one_of_each_implementation_in_turn() -> N
     compiled = sum((c.method, c.implementation) in triton for c in asked)
     assert [(c.method, c.implementation) for c in dealt[:compiled]] == triton * (compiled // 3)
     assert {c.implementation for c in dealt[compiled:]} >= {"cudnn", "eager", "varlen"}
-    assert dealing.order([*parts(get("spark")), *asked])[:compiled] == [
-        len(list(parts(get("spark")))) + place for place in order[:compiled]
-    ]
+    contract = list(parts(get("spark")))
+    assert dealing.order([*contract, *asked])[:compiled] == [len(contract) + place for place in order[:compiled]]
     spark = [c for c in dealt if (c.method, c.implementation) == ("spark", "lists")]
     assert spark == [c for c in asked if (c.method, c.implementation) == ("spark", "lists")]
 

@@ -80,6 +80,7 @@ def costs(**stages: Any) -> Method:
     [
         (replace(SOFTMAX, title=""), "declaration", "no title"),
         (replace(SOFTMAX, reference=from_the_front), "reference", "rows of the whole"),
+        (replace(SOFTMAX, reference=mixed), "reference", "softmax attention, which exact says it is"),
         (replace(SOFTMAX, reference=mixed), "heads", "heads apart"),
         (replace(SOFTMAX, couples_heads=True), "heads", "couples_heads is declared, but no head sees another"),
         (replace(SOFTMAX, reference=earlier), "causality", "earlier outputs when later tokens change"),
@@ -94,6 +95,7 @@ def costs(**stages: Any) -> Method:
         (costs(score=7), "cost", "fewer than 8355840, which scoring and summing them takes"),
         (costs(score=7), "cost", "stage 'score': 7 FLOPs, and 7 for twice the batch"),
         (costs(attend=7), "cost", "attend: 7 FLOPs, fewer than 4177920, which summing the hidden units takes that a query reads"),
+        (costs(route=lambda s: 7 * s.batch), "cost", "stage 'route': 7 FLOPs, and 7 for twice the heads and four times the tokens"),
         (costs(mixing=1), "cost", "'mixing' is no stage: choose from project"),
         (costs(score=float("nan")), "cost", "stage 'score' counts nan FLOPs: give whole numbers of at least 0"),
         (costs(score=lambda s: s.batch * s.n**3), "cost", "FLOPs grow as N^3, not between N and N^2"),

@@ -76,15 +76,6 @@ def test_gradients_of_the_reference(method: Method) -> None:
     assert torch.autograd.gradcheck(run, leaves, eps=1e-7, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", [Shape(1, 2, 48, 8), Shape(1, 4, 129, 16, kv_heads=2)], ids=ids)
-def test_exact_methods_are_softmax_attention(method: Method, shape: Shape) -> None:
-    if not method.exact:
-        pytest.skip("an approximation")
-    q, k, v = doubles(shape)
-    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    torch.testing.assert_close(method.reference(q, k, v, method.params()), want)
-
-
 IMPLEMENTATIONS = [f"{name}@{i.name}" for name in attnbench.methods() for i in attnbench.get(name).implementations]
 
 
