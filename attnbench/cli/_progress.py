@@ -25,7 +25,8 @@ T = TypeVar("T")
 def _bars(console: Console, *, live: bool, transient: bool = False) -> Progress:
     """Bars with the count, the time taken and left, and a text; `transient` ones leave nothing behind."""
     columns = (BarColumn(bar_width=16), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
-    return Progress(*columns, console=console, disable=not live, transient=transient)
+    # what is printed meanwhile goes above the bars on a terminal, and where it was sent otherwise
+    return Progress(*columns, console=console, disable=not live, transient=transient, redirect_stdout=sys.stdout.isatty())
 
 
 class Reporter:
