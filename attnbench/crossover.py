@@ -146,7 +146,7 @@ def _search(own: pd.DataFrame, base: pd.DataFrame, metric: str, again: Sequence[
         suite=str(first["suite"]),
         device=str(first["device"]),
         mode=str(first["mode"]),
-        conditions=", ".join(f"{series.SHORT.get(c, c)}={first[c]}" for c in series.CONDITIONS),
+        conditions=series.conditions(first),
         series=str(first["series"]),
         baseline=str(base["series"].iloc[0]),
         metric=metric,

@@ -104,7 +104,7 @@ def _between(first: dict[str, Any], last: dict[str, Any], attempts: int, again: 
         series=str(first["series"]),
         mode=str(first["mode"]),
         n=int(first["n"]),
-        conditions=", ".join(f"{series.SHORT.get(c, c)}={first[c]}" for c in series.CONDITIONS),
+        conditions=series.conditions(first),
         replicate=int(first["replicate"]),
         first=str(first["started"]),
         last=str(last["started"]),

@@ -17,7 +17,7 @@ from attnbench.store import device_slug
 from attnbench.taxonomy import Family
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
 
     from attnbench.method import Method
 
@@ -176,6 +176,12 @@ def describe(rows: pd.DataFrame) -> str:
     if rows["env_id"].nunique() > 1:
         parts.append(f"{rows['env_id'].nunique()} environments")
     return ", ".join(parts)
+
+
+def conditions(row: Mapping[str, Any] | pd.Series[Any]) -> str:
+    """Conditions of one row as `B=1, H=16, ...`, without head counts and widths that are those of the queries."""
+    told = (c for c in CONDITIONS if c not in ("kv_heads", "dim_v") or row[c])
+    return ", ".join(f"{SHORT.get(c, c)}={row[c]}" for c in told)
 
 
 def _listed(values: list[Any]) -> str:

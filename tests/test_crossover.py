@@ -149,6 +149,7 @@ def test_devices_modes_conditions_and_causality_are_kept_apart(tmp_path):
     found = crossover.find(frame.load(tmp_path)[0], "softmax")
     lengths = {(one.device, one.series): one.length.value for one in found if one.length}
     assert len(found) == len(lengths) == 4
+    assert {one.conditions.partition(", dtype")[0] for one in found} == {"B=1, H=16, D=64"}, "no head counts or widths that nobody set"
     assert lengths["GPU A", "Linear, causal=False"] == pytest.approx(TRUE, rel=1e-4)
     assert lengths["GPU B", "Linear, causal=False"] == pytest.approx(TRUE / 2, rel=1e-4)
     assert lengths["GPU A", "Linear, causal=True"] == pytest.approx(2 * TRUE, rel=1e-4)

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic
+from disk_support import file_size_limit
 
 from attnbench import figures, frame, registry, series, stats
 from attnbench.errors import UserError
@@ -317,6 +318,17 @@ def test_draw_all_writes_stable_files_and_the_data(few, tmp_path):
     assert b"/Type0" in pdf or b"/TrueType" in pdf
     assert b"/Type3" not in pdf
     assert b"CreationDate" not in pdf
+
+
+def test_a_full_disk_leaves_older_figures_as_they_were(few, tmp_path):
+    figure, data, stem = latency.build(few), latency.data(few), tmp_path / "one"
+    paths = figures.write(figure, data, stem)
+    before = [path.read_bytes() for path in paths]
+    for suffix in figures.SUFFIXES:
+        with file_size_limit(100), pytest.raises(UserError, match=r"cannot write to .*: File too large"):
+            figures.write(figure, data, stem, (suffix,))
+    assert [path.read_bytes() for path in paths] == before
+    assert sorted(tmp_path.iterdir()) == sorted(paths)
 
 
 def test_the_users_own_settings_change_nothing(few):

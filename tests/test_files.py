@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 import errno
-import resource
-import signal
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from disk_support import file_size_limit
 
 from attnbench.errors import UserError
 from attnbench.files import make_folder, replacing, write
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-
-@contextmanager
-def no_file_longer_than(size: int) -> Iterator[None]:
-    """A disk on which longer files do not fit."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_an_older_file_survives_where_the_new_one_does_not_fit(tmp_path: Path) -> None:
     path = tmp_path / "page.html"
     write(path, "good")
-    with no_file_longer_than(1000), pytest.raises(UserError, match=r"cannot write .*page\.html: File too large; buy a disk"):
+    with file_size_limit(1000), pytest.raises(UserError, match=r"cannot write .*page\.html: File too large; buy a disk"):
         write(path, "x" * 10_000, remedy="buy a disk")
     assert path.read_text() == "good"
     write(path, "better")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import resource
-import signal
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
+from disk_support import file_size_limit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,9 +17,6 @@ from attnbench.case import Case
 from attnbench.errors import UserError
 from attnbench.record import SCHEMA, Gate, Memory, Record, Status, Timing
 from attnbench.store import Store
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 numbers = st.floats(allow_nan=False)
 timings = st.builds(Timing, st.lists(st.floats(0, 10), min_size=1, max_size=4).map(tuple), st.floats(0, 10), st.just("cpu"))
@@ -180,18 +174,6 @@ def test_readers_do_not_wait_for_the_writer(tmp_path: Path) -> None:
     with Store(tmp_path) as target:
         target.append(record(5))
         assert [r.case.n for r in store.read(target.file).records] == [5]
-
-
-@contextlib.contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """No file may grow beyond `size` bytes, as on a full disk."""
-    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("room", [0, 40], ids=["no byte fits", "half a line fits"])

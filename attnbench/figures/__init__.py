@@ -7,6 +7,7 @@ there is nothing to draw) and, where `attnbench.series.groups` does not split ta
 from __future__ import annotations
 
 import importlib
+import io
 import pkgutil
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
@@ -139,7 +140,7 @@ def write(figure: Figure, data: pd.DataFrame, stem: Path, suffixes: Sequence[str
                     elif path.suffix == ".png":
                         _save_png(figure, fresh)
                     else:
-                        figure.savefig(fresh, format=path.suffix[1:], metadata=_METADATA[path.suffix])
+                        _save_vectors(figure, fresh, path.suffix)
     except OSError as error:
         raise UserError(f"cannot write to {stem.parent}: {error.strerror}") from None
     return paths
@@ -160,6 +161,13 @@ def _laid_out(figure: Figure) -> Iterator[None]:
     finally:
         figure.set_layout_engine(engine)
         figure.set_dpi(dpi)
+
+
+def _save_vectors(figure: Figure, path: Path, suffix: str) -> None:
+    """Drawn in memory, since Matplotlib's own writer takes a full disk for a fault of its compression."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=suffix[1:], metadata=_METADATA[suffix])
+    path.write_bytes(buffer.getbuffer())
 
 
 def _save_png(figure: Figure, path: Path) -> None:
