@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import attnbench
-from attnbench import contract
-from attnbench.contract import Outcome, doubles, options, stirred
+from attnbench import contract, promises
 from attnbench.method import Method, Params, Shape
+from attnbench.promises import Outcome, doubles, options, stirred
 
 ODD = [
     Shape(1, 1, 1, 8),
@@ -26,7 +26,7 @@ def ids(shape: Shape) -> str:
 
 def settled(method: Method, shape: Shape, causal: bool) -> Params:
     """Parameters fitted to the shape; skips, with the method's own reason, what it does not support."""
-    params, reasons = contract.settled(method, shape, causal=causal)
+    params, reasons = promises.settled(method, shape, causal=causal)
     if reasons:
         pytest.skip("; ".join(reasons))
     return params
@@ -53,13 +53,13 @@ def test_every_method_keeps_the_contract_that_check_asks(method: Method) -> None
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("shape", ODD, ids=ids)
 def test_reference_is_finite_and_shaped(method: Method, shape: Shape, causal: bool) -> None:
-    kept(contract.reference(method, shape, settled(method, shape, causal)))
+    kept(promises.reference(method, shape, settled(method, shape, causal)))
 
 
 @pytest.mark.parametrize("causal", CAUSAL)
 @pytest.mark.parametrize("shape", ODD, ids=ids)
 def test_fast_weights_equal_the_reference(method: Method, shape: Shape, causal: bool) -> None:
-    kept(contract.experts(method, shape, settled(method, shape, causal)))
+    kept(promises.experts(method, shape, settled(method, shape, causal)))
 
 
 def test_gradients_of_the_reference(method: Method) -> None:
