@@ -240,6 +240,20 @@ def test_names_keep_clear_of_points_and_of_each_other():
     assert not any(box.contains(*axes.transData.transform(p)) for box in boxes for p in points)
 
 
+def test_wide_names_do_not_touch():
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    figure = Figure(figsize=(4, 3))
+    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1))
+    figure.draw_without_rendering()
+    points = [(0.40, 0.5), (0.43, 0.5), (0.47, 0.5)]
+    annotate(axes, [Name(text, p, True, "k") for text, p in zip(("MMMM", "MWMW", "MoBA"), points, strict=True)], points)
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(t).padded(figure.dpi / 72 * 0.5) for t in axes.texts]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
 def test_lines_to_names_cross_neither_points_nor_names():
     from attnbench.figures._place import _away, _cost, _crosses
 

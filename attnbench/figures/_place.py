@@ -6,12 +6,17 @@ import itertools
 import math
 from typing import TYPE_CHECKING, NamedTuple
 
+from matplotlib.font_manager import FontProperties
+from matplotlib.textpath import text_to_path
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from matplotlib.axes import Axes
 
 _SIZE = 5.5
+_GAP = 2.0
+"""Points between names side by side."""
 Point = tuple[float, float]
 _Box = tuple[float, float, float, float]
 
@@ -44,15 +49,21 @@ def annotate(axes: Axes, names: Sequence[Name], points: Sequence[Point], lines: 
     taken = [_around(*place(p)) for p in points] + [_stroke(place(a), place(b)) for path in lines for a, b in itertools.pairwise(path)]
     for name in names:
         x, y = place(name.point)
-        wide, high = len(name.text) * _SIZE * (0.66 if name.bold else 0.58), _SIZE * 1.15
+        wide, high = _width(name), _SIZE * 1.15
         box = min(_candidates(x, y, wide, high), key=lambda c: _cost(c, taken, bounds, (x, y)))
-        taken.append(box)
+        taken.append((box[0] - _GAP, box[1], box[2] + _GAP, box[3]))
         away = _away(box, (x, y))
         axes.annotate(
             name.text, name.point, (box[0] - x, box[1] - y), textcoords="offset points", fontsize=_SIZE, color=name.colour, zorder=4,
             fontweight="bold" if name.bold else "normal", annotation_clip=False,
             arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": name.colour, "shrinkA": 0, "shrinkB": 2} if away else None,
         )  # fmt: skip
+
+
+def _width(name: Name) -> float:
+    """Points that the text is wide."""
+    font = FontProperties(size=_SIZE, weight="bold" if name.bold else "normal")
+    return float(text_to_path.get_text_width_height_descent(name.text, font, ismath=False)[0])
 
 
 def _stroke(a: Point, b: Point) -> _Box:
