@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from attnbench import compare, earned, frame, joining, references, series, stats
@@ -30,7 +31,17 @@ def report(table: pd.DataFrame, lengths: Sequence[int] | None = None) -> list[Ta
         found += [_health(group, lengths) for group in series.groups(part[part["task"] == "health"])]
         for group in series.groups(part[part["task"] == earned.TASK]):
             found += _earned(group, rows, lengths)
-    return [t for t in found if len(t.header) > 2]
+    return _explained([t for t in found if len(t.header) > 2])
+
+
+def _explained(found: list[Table]) -> list[Table]:
+    """The tables, of which the first whose caption has a noise floor says what that is."""
+    first = next((i for i, table in enumerate(found) if _PAIRS in table.caption), None)
+    return [replace(table, caption=f"{table.caption} {stats.FLOOR}") if i == first else table for i, table in enumerate(found)]
+
+
+_PAIRS = "A/A pair"
+"""What `series.noise` says wherever a noise floor was measured."""
 
 
 def _named(rows: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:

@@ -70,6 +70,15 @@ def test_captions_state_the_conditions(report):
         assert part in caption
 
 
+def test_the_first_caption_with_a_noise_floor_says_what_that_is(report, tmp_path):
+    told = [name for name, table in report.items() if "The noise floor is how far apart" in table.caption]
+    assert told == ["speed-test-gpu-80gb-forward"]
+    records = [synthetic.ok(synthetic.case(label), 1e-3) for label in ("softmax", "linear")]
+    (unknown,) = tables.report(frame.load(synthetic.write(tmp_path, "s", records))[0])
+    assert "noise floor not measured" in unknown.caption
+    assert "The noise floor is" not in unknown.caption
+
+
 def test_lengths_limit_the_columns(loaded):
     header = tables.report(loaded, [1024])[0].header
     assert [h for h in header if h.startswith("N=")] == ["N=1024 (ms)"]
