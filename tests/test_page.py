@@ -99,6 +99,17 @@ def test_the_page_is_html_that_asks_for_nothing(file: Path) -> None:
     assert len(text) < 5_000_000
 
 
+def test_the_section_that_the_summary_speaks_of_is_first_and_open(tmp_path: Path) -> None:
+    pytest.importorskip("bokeh", reason="bokeh is an optional extra: pip install 'attnbench[report]'")
+    for suite, lengths in (("graph", (1024,)), ("speed", (1024, 2048))):
+        synthetic.write(tmp_path, suite, [synthetic.ok(synthetic.case(m, n=n), 1e-3) for m in ("softmax@flash", "linear") for n in lengths])
+    assert call("report", tmp_path, "--html", tmp_path / "page.html").exit_code == 0
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    heads = re.findall(r"<details( open)?><summary>(graph|speed): ", text)
+    assert heads == [(" open", "speed"), ("", "graph")]
+    assert "(speed, forward" in text.partition("</section>")[0]
+
+
 def test_the_page_has_every_cell_with_its_status_and_every_plot_of_every_method(file: Path, results: Path) -> None:
     page, rows = Page(file.read_text(encoding="utf-8")), frame.current(frame.load(results)[0])
     key = ["method", "suite", "mode", "status"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from attnbench import series, tables, typeset
 from attnbench.page import joined
-from attnbench.page.summary import sentences
+from attnbench.page.summary import sentences, subject
 from attnbench.taxonomy import Family
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def build(
         '<meta name="viewport" content="width=device-width, initial-scale=1">', '<link rel="icon" href="data:,">',
         "<title>attnbench: results</title>", f"<style>{_asset('page.css')}</style>", "</head>", "<body>", "<main>",
         "<h1>attnbench: results</h1>", '<section id="summary">', *(f"<p>{escape(s)}</p>" for s in sentences(table)), "</section>",
-        *_filters(known, rows, colours), *_figures(plots), *_joined(made), *_table(rows), *_environments(environments, rows), "</main>",
+        *_filters(known, rows, colours), *_figures(plots, subject(table)), *_joined(made), *_table(rows),
+        *_environments(environments, rows), "</main>",
         f'<script type="application/json" id="methods">{_json(known)}</script>',
         f"<script>{_inline(script)}</script>", f"<script>{_asset('page.js')}</script>", "</body>", "</html>", "",
     ])  # fmt: skip
@@ -107,18 +108,19 @@ def _select(name: str, values: Iterable[str]) -> str:
     return f'<label>{name}<select name="{name}"><option value="">all</option>{options}</select></label>'
 
 
-def _figures(plots: Sequence[Plot]) -> Iterable[str]:
+def _figures(plots: Sequence[Plot], told: tuple[str, str]) -> Iterable[str]:
+    """Section by section, the one `told` of in the summary first and open, other conditions of its suite after it."""
     yield '<section id="figures"><h2>Figures</h2><p class="hint">Drag to zoom, point at a mark to read it. Crosses above the lines '
     yield "are cells that failed; a grey band is the noise floor. Filters by method act on plots and table.</p>"
     yield "<noscript><p>Plots and commands need JavaScript, the tables below do not.</p></noscript>"
-    first = True
-    for section in dict.fromkeys(plot.section for plot in plots):
-        yield f"<details{' open' if first else ''}><summary>{escape(section)}</summary>"
+    whole, suite = ": ".join(told), f"{told[0]}: "
+    sections = sorted(dict.fromkeys(plot.section for plot in plots), key=lambda s: (s != whole, not s.startswith(suite)))
+    for i, section in enumerate(sections):
+        yield f"<details{'' if i else ' open'}><summary>{escape(section)}</summary>"
         for plot in (p for p in plots if p.section == section):
             yield f'<figure><figcaption>{escape(plot.title)}</figcaption><div class="plot"></div>'
             yield f'<script type="text/plain">{_packed(plot.item)}</script></figure>'
         yield "</details>"
-        first = False
     yield "</section>"
 
 

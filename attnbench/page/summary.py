@@ -57,6 +57,12 @@ def sentences(table: pd.DataFrame) -> list[str]:
     return [_extent(rows), *(_speed(field) if field else _unmeasured()), _accuracy(rows)]
 
 
+def subject(table: pd.DataFrame) -> tuple[str, str]:
+    """Suite and conditions of the group that the sentences tell the speed of; two empty texts where none was measured."""
+    field = _widest(frame.current(table))
+    return (field.group.suite, series.describe(field.group.rows)) if field else ("", "")
+
+
 def _extent(rows: pd.DataFrame) -> str:
     counts = rows["status"].value_counts()
     rest = ", ".join(f"{int(n)} {status}" for status, n in counts.items() if status != "ok")
