@@ -145,8 +145,8 @@ def fastest(rows: Sequence[dict[str, Any]], again: Sequence[tuple[float, float]]
     ranked = sorted((r for r in rows if frame.timed(r)), key=lambda r: float(r["time_s"]))
     others = [r for r in ranked[1:] if any(r[k] != ranked[0][k] for k in ("method", "implementation", "params"))]
     noise = stats.floor(again, float(ranked[0]["time_s"])) if ranked else None
-    slower = [stats.verdict(stats.ratio(ranked[0]["samples_s"], r["samples_s"]), noise) is Verdict.SLOWER for r in others]
-    return ranked[0] if slower and all(slower) else None
+    slower = (stats.verdict(stats.ratio(ranked[0]["samples_s"], r["samples_s"]), noise) is Verdict.SLOWER for r in others)
+    return ranked[0] if others and all(slower) else None
 
 
 class _Side:

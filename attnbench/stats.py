@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from enum import StrEnum
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -81,8 +82,8 @@ class Floor(NamedTuple):
 
 
 FLOOR = (
-    "The noise floor is how far apart two measurements of the very same cell came out: short calls are paced by the host that launches "
-    "them, which the suite graph leaves out."
+    "The noise floor is how far apart two measurements of the very same cell came out: far for short calls, which the host that launches "
+    "them paces; the suite graph leaves the host out."
 )
 """What the number means, in a sentence for whoever meets it first."""
 
@@ -129,6 +130,12 @@ def ratio(a: Sequence[float], b: Sequence[float], confidence: float = 0.95, resa
     percentiles are too narrow for few samples (Hesterberg 2015, https://doi.org/10.1080/00031305.2015.1089789, section 3.3).
     With a single sample on either side nothing is known: the interval is all positive numbers.
     """
+    return _ratio(tuple(a), tuple(b), confidence, resamples, seed)
+
+
+@lru_cache(maxsize=4096)
+def _ratio(a: tuple[float, ...], b: tuple[float, ...], confidence: float, resamples: int, seed: int) -> Interval:
+    """Of the same samples the same: tables, pages and summaries ask again."""
     value = median(b) / median(a)
     draws = log_ratios(a, b, confidence, resamples, seed)
     if draws is None:
