@@ -330,6 +330,13 @@ def test_report_shows_medians_and_failures_in_their_place(tmp_path: Path) -> Non
     assert "--lengths x: give whole numbers" in call("report", tmp_path, "--lengths", "x").stderr
 
 
+def test_a_report_of_nothing_says_so(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").touch()
+    result = call("report", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{tmp_path} holds no record that a table shows: run a suite first" in result.stderr
+
+
 def test_plot_prints_the_paths_of_what_it_drew(tmp_path: Path) -> None:
     paths = [Path(line) for line in call("plot", stored(tmp_path)).stdout.splitlines()]
     assert {".pdf", ".png", ".csv"} == {p.suffix for p in paths}

@@ -45,7 +45,10 @@ def report(
         files.write(html, _page(results, table), parents=False)
         print(html)
         return
-    text = typeset.render(tables.report(table, _lengths(lengths, table)), format_.value)
+    made = tables.report(table, _lengths(lengths, table))
+    if not made:
+        raise UserError(f"{results} holds no record that a table shows: run a suite first")
+    text = typeset.render(made, format_.value)
     if out is None:
         print(text)
     else:
