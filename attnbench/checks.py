@@ -100,18 +100,19 @@ class Check:
 
     def run(self, device: str) -> Finding:
         """Hold the implementation against the definition, and its gradients too where it has them."""
-        method, kind = get(self.method), getattr(torch, self.dtype)
-        item = method.implementation(self.implementation)
-        params = method.parse({**method.params().fitted(self.shape).as_dict(), "causal": self.causal})
-        problems = params.problems(self.shape) or method.reasons(item, self.shape, kind, device, params)
-        backward = not method.reasons(item, self.shape, kind, device, params, backward=True)
-        mode = self.mode(backward=backward)
-        if problems:
-            return self.finding(mode, "failed" if problems == [item.broken()] else "unsupported", "; ".join(problems))
-        report(Progress(0, 1, mode))
+        mode = self.mode(backward=False)
         try:
+            method, kind = get(self.method), getattr(torch, self.dtype)
+            item = method.implementation(self.implementation)
+            params = method.parse({**method.params().fitted(self.shape).as_dict(), "causal": self.causal})
+            problems = params.problems(self.shape) or method.reasons(item, self.shape, kind, device, params)
+            backward = not method.reasons(item, self.shape, kind, device, params, backward=True)
+            mode = self.mode(backward=backward)
+            if problems:
+                return self.finding(mode, "failed" if problems == [item.broken()] else "unsupported", "; ".join(problems))
+            report(Progress(0, 1, mode))
             verdict = gate(method, item, params, draw("randn", self.shape, 0, kind, device), backward=backward)
-        except Exception as error:  # an implementation may raise anything, and the others are still to be checked
+        except Exception as error:  # a plugin may raise anything, and the others are still to be checked
             return self.finding(mode, "failed", raised(error))
         return self.finding(mode, "passed" if verdict.passed else "failed", **_worst(verdict))
 

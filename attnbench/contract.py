@@ -48,10 +48,10 @@ class Part:
     def run(self, device: str) -> Finding:  # noqa: ARG002 (a definition is held on the CPU)
         """Hold the method to this part."""
         method, mode = get(self.method), self.mode()
-        params, reasons = settled(method, self.shape, causal=self.causal)
-        if reasons and self.name in _CALLS:
-            return self.finding(mode, "unsupported", "; ".join(reasons))
         try:
+            params, reasons = settled(method, self.shape, causal=self.causal)
+            if reasons and self.name in _CALLS:
+                return self.finding(mode, "unsupported", "; ".join(reasons))
             outcome = PARTS[self.name](method, self.shape, params)
         except Exception as error:  # a plugin may raise anything, and the other parts are still to be checked
             return self.finding(mode, "failed", raised(error))

@@ -126,6 +126,17 @@ def test_check_tells_of_a_plugins_experts_beside_its_implementations(tmp_path: P
     assert {r["implementation"] for r in alone} == {"halved@eager"}
 
 
+def test_limits_that_raise_fail_every_row_and_stop_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raises(*_: object) -> list[str]:
+        raise RuntimeError("of its own making")
+
+    wrong = replace(SOFTMAX, limits=Limits(extra=raises), implementations=())
+    monkeypatch.setitem(registry.registry().found, "softmax", wrong)
+    rows = json.loads(call("check", "softmax", "--device", "cpu", "--json").stdout)
+    assert {(r["verdict"], r["what"]) for r in rows} == {("failed", "RuntimeError: of its own making")}
+    assert {r["implementation"] for r in rows} == {"softmax", "softmax@eager"}
+
+
 def test_a_reason_for_no_experts_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = replace(SOFTMAX, experts=None, no_experts="its experts are learned while it runs", limits=Limits(no_causal="by choice"))
     monkeypatch.setitem(registry.registry().found, "softmax", honest)
