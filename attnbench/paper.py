@@ -63,13 +63,20 @@ class Picture:
     """what it was drawn from"""
     columns: int = 1
     """of a page that it is wide"""
+    small_print: str = ""
+    """what the figure itself says below its panels"""
 
     def latex(self) -> str:
-        """A `figure` at the width of a column, or a `figure*` at that of two."""
+        """A `figure` at the width of a column, or a `figure*` at that of two.
+
+        That may take most of a page, so its caption leaves parameters out that its small print has.
+        """
         rows = frame.current(self.rows)
         noise = series.noise(rows)
-        shown = f"{self.title} {series.describe(rows)}. {series.settings(rows)}" + (f"Noise floor {noise}." if noise else "")
-        kind, width, height = ("figure*", "textwidth", 0.72) if self.columns > 1 else ("figure", "columnwidth", 0.66)
+        wide, settings = self.columns > 1, series.settings(rows)
+        told = all(f"{part.partition(':')[0]}: " in self.small_print for part in settings.split("; "))
+        shown = f"{self.title} {series.describe(rows)}. {'' if wide and told else settings}" + (f"Noise floor {noise}." if noise else "")
+        kind, width, height = ("figure*", "textwidth", 0.84) if wide else ("figure", "columnwidth", 0.66)
         return "\n".join([
             rf"\begin{{{kind}}}", r"  \centering",
             rf"  \includegraphics[width=\{width},height={height}\textheight,keepaspectratio]{{figures/{self.name}.pdf}}",
@@ -143,7 +150,8 @@ def document(parts: Sequence[str]) -> str:
     shown = [rf"\input{{{part}}}" for part in parts]
     broken = [line for i, line in enumerate(shown) for line in ([line, r"\clearpage"] if i % _FLOATS == _FLOATS - 1 else [line])]
     return "\n".join([
-        r"\documentclass[twocolumn]{article}", r"\input{preamble}", r"\begin{document}", *broken, r"\clearpage",
+        r"\documentclass[twocolumn]{article}", r"\usepackage[margin=1in]{geometry}", r"\input{preamble}",
+        r"\begin{document}", *broken, r"\clearpage",
         r"\bibliographystyle{plain}", r"\bibliography{references}", r"\end{document}", "",
     ])  # fmt: skip
 

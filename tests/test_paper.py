@@ -14,7 +14,7 @@ import synthetic
 from cli_support import call
 
 import attnbench
-from attnbench import bibtex, compare, frame, paper, tables
+from attnbench import bibtex, compare, frame, paper, series, tables
 from attnbench.errors import UserError
 from attnbench.figures._style import WIDTHS
 from attnbench.method import Citation
@@ -217,3 +217,12 @@ def test_latex_takes_it(made: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]
     log = (folder / "main.log").read_text(errors="replace")
     assert not re.findall(r"^! |undefined|too large|Overfull \\hbox \(\d{3,}", log, re.MULTILINE)
+
+
+def test_a_wide_figure_leaves_out_of_its_caption_what_its_small_print_says(results: Path) -> None:
+    rows = next(series.groups(frame.load(results)[0])).rows
+    settings = series.settings(frame.current(rows)).strip()
+    assert settings
+    assert settings in paper.Picture("x", "Title.", rows, 2).latex().replace("\\_", "_")
+    assert settings in paper.Picture("x", "Title.", rows, 1, settings).latex().replace("\\_", "_")
+    assert settings not in paper.Picture("x", "Title.", rows, 2, settings).latex().replace("\\_", "_")

@@ -55,5 +55,5 @@ def _draw(table: "pd.DataFrame", folder: Path) -> "list[Picture]":
     for one in drawn(table, columns=1, follow=lambda plan: following(plan, told)):
         write(one.figure, one.module.data(one.rows), folder / one.stem, suffixes=(".pdf", ".csv"))
         title = " ".join((one.module.__doc__ or "").split("\n\n")[0].split())
-        found.append(Picture(one.stem, title, one.rows, one.columns))
+        found.append(Picture(one.stem, title, one.rows, one.columns, " ".join(one.figure.get_supxlabel().split())))
     return found
