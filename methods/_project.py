@@ -15,10 +15,10 @@ from ._products import divisor, wide_bmm
 if TYPE_CHECKING:
     from torch import Tensor
 
-_HEADS = 64
-"""heads that keep a GPU busy with one product each; fewer are taken one by one, the tokens cut into runs"""
-_RUN = 2048
-"""tokens in a run, about"""
+_BUSY = 128
+"""products of one call that keep a GPU busy"""
+_RUN = 1024
+"""tokens in a run, about, where heads alone are too few"""
 
 
 def project(e: Tensor, x: Tensor) -> Tensor:
@@ -48,11 +48,14 @@ class _Project(torch.autograd.Function):
 
 
 def _product(e: Tensor, x: Tensor) -> Tensor:
-    runs = divisor(x.shape[1], x.shape[1] // _RUN)
-    if x.shape[0] >= _HEADS or runs == 1:
-        return wide_bmm(e.expand(x.shape[0], -1, -1), x)
-    parts = e.unflatten(1, (runs, -1)).transpose(0, 1)
-    return torch.stack([wide_bmm(parts, head.unflatten(0, (runs, -1))).sum(0) for head in x])
+    heads, runs = len(x), divisor(x.shape[1], x.shape[1] // _RUN)
+    if 2 * heads >= _BUSY or runs == 1:
+        return wide_bmm(e.expand(heads, -1, -1), x)
+    together = min(heads, -(-_BUSY // runs))
+    # repeated for the heads taken together, so that heads and runs are one batch; a view where that is one head
+    parts = e.unflatten(1, (runs, -1)).transpose(0, 1).expand(together, -1, -1, -1).flatten(0, 1)
+    products = [wide_bmm(parts[: len(some) * runs], some.reshape(-1, x.shape[1] // runs, x.shape[2])) for some in x.split(together)]
+    return torch.cat([some.unflatten(0, (-1, runs)).sum(1) for some in products])
 
 
 def _outer(grad: Tensor, x: Tensor) -> Tensor:

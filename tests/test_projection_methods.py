@@ -173,7 +173,7 @@ def budget(request, monkeypatch):
     if request.param == "tight":
         monkeypatch.setattr("attnbench.methods._chunks._BUDGET_BYTES", {"cpu": 1 << 12})
         monkeypatch.setattr("attnbench.methods._products._SUMMED", 5)
-        monkeypatch.setattr("attnbench.methods._project._HEADS", 5)
+        monkeypatch.setattr("attnbench.methods._project._BUSY", 9)
         monkeypatch.setattr("attnbench.methods._project._RUN", 7)
         monkeypatch.setattr("attnbench.methods._compressed._BLOCKS", {"cpu": 64})
         monkeypatch.setattr("attnbench.methods._compressed._LEAST", 6)
