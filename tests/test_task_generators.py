@@ -308,7 +308,7 @@ def test_digits_without_the_package_say_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     digits._load.cache_clear()
-    with pytest.raises(UserError, match=r"pip install attnbench\[tasks\]"):
+    with pytest.raises(UserError, match=r"pip install 'attnbench\[tasks\]'"):
         digits.TASK.batch("train", 0, 1, 64, 0)
 
 
