@@ -53,6 +53,18 @@ def unit_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def misfits(q: Tensor, k: Tensor, v: Tensor, dtypes: tuple[torch.dtype, ...], most: int) -> list[tuple[bool, str]]:
+    """(whether it is at fault, reason) of what every kernel over queries, keys and values asks of dtypes, shapes and heads."""
+    d, dv = q.shape[3], v.shape[3]
+    return [
+        (q.dtype not in dtypes, f"takes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"),
+        (not q.dtype == k.dtype == v.dtype, "q, k and v differ in dtype"),
+        (max(d, dv) > most, f"takes head dimensions up to {most}, not {max(d, dv)}"),
+        (k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or k.shape[3] != d, "q, k, v do not fit [B, H, N, D]"),
+        (q.shape[1] % k.shape[1] != 0, f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads"),
+    ]
+
+
 def power(x: float) -> int:
     """The least power of two not below x and 1; Triton's own takes microseconds."""
     return 1 << max(0, int(-(-x // 1)) - 1).bit_length()

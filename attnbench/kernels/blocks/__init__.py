@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .._define import misfits
 from ._operator import blocks_forward
 from ._route import route_blocks
 
@@ -35,13 +36,8 @@ MOST_DIM = 128
 
 def supported(q: Tensor, k: Tensor, v: Tensor, pairs: int, blocks: int) -> list[str]:
     """Why these tensors cannot be run with so many pairs and blocks, those of all route heads together; empty means they can."""
-    d, dv = q.shape[3], v.shape[3]
     checks = (
-        (q.dtype not in DTYPES, f"takes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"),
-        (not q.dtype == k.dtype == v.dtype, "q, k and v differ in dtype"),
-        (max(d, dv) > MOST_DIM, f"takes head dimensions up to {MOST_DIM}, not {max(d, dv)}"),
-        (k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or k.shape[3] != d, "q, k, v do not fit [B, H, N, D]"),
-        (q.shape[1] % k.shape[1] != 0, f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads"),
+        *misfits(q, k, v, DTYPES, MOST_DIM),
         (max(2 * pairs, blocks) >= 2**31, f"{pairs} pairs of query and block exceed 32-bit indices"),
     )
     return [reason for fails, reason in checks if fails]

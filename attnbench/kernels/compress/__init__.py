@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .._define import misfits
 from ._operator import compressed_forward
 from ._plan import Selection
 
@@ -32,13 +33,8 @@ MOST_DIM, MOST_BLOCKS = 128, 16384
 
 def supported(q: Tensor, k: Tensor, v: Tensor, s: Selection) -> list[str]:
     """Why these tensors cannot be run; empty means they can. Reads shapes and dtypes only."""
-    d, dv = q.shape[3], v.shape[3]
     checks = (
-        (q.dtype not in DTYPES, f"takes float16, bfloat16 and float32, not {str(q.dtype).removeprefix('torch.')}"),
-        (not q.dtype == k.dtype == v.dtype, "q, k and v differ in dtype"),
-        (max(d, dv) > MOST_DIM, f"takes head dimensions up to {MOST_DIM}, not {max(d, dv)}"),
-        (k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or k.shape[3] != d, "q, k, v do not fit [B, H, N, D]"),
-        (q.shape[1] % k.shape[1] != 0, f"{k.shape[1]} key heads do not divide {q.shape[1]} query heads"),
+        *misfits(q, k, v, DTYPES, MOST_DIM),
         (bool(s.length % s.stride or s.block % s.stride) or s.length > s.block, "the stride must divide length and block, length <= block"),
         (k.shape[2] > s.blocks * (s.block // s.stride), f"{k.shape[2]} compressed keys are more than {s.keys} tokens have"),
         (s.blocks > MOST_BLOCKS, f"takes up to {MOST_BLOCKS} blocks, not {s.blocks}"),

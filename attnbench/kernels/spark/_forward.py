@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from .._tile import LOG2E, load_rows, store_rows
-from ._tile import flag_of, gate_of, visible
+from ._tile import gate_of, query_tile, visible
 
 
 @triton.jit
@@ -54,18 +54,11 @@ def spark_attend_kernel(
 
     With SOME only tiles of 64 queries whose flag is not 0, here and in the other kernels.
     """
-    i_t, i_bh = tl.program_id(0) % TILES, tl.program_id(0) // TILES
-    wanted = 1
-    if SOME:
-        wanted = tl.load(flag_of(flags, i_bh, N, i_t * BQ))
+    i_t, wanted, o_q, m_q, o_row, p_q, p_k, p_v = query_tile(
+        q, k, v, flags, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, H, N, TILES, G, BQ, SOME
+    )
     if wanted == 0:
         return
-    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
-    o_q = i_t * BQ + tl.arange(0, BQ)
-    m_q = o_q < N
-    p_q = q + i_b * stride_qb + i_h * stride_qh
-    p_k, p_v = k + i_b * stride_kb + i_h // G * stride_kh, v + i_b * stride_vb + i_h // G * stride_vh
-    o_row = i_bh.to(tl.int64) * N + o_q
     # [BQ, BR], [BQ, BS]
     b_qr, b_qs = load_rows(p_q, o_q, m_q, stride_qn, R, BR), load_rows(p_q + R, o_q, m_q, stride_qn, S, BS)
     b_limit = tl.load(limit + o_row, mask=m_q, other=0.0)

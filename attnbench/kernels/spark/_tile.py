@@ -32,6 +32,23 @@ def flag_of(flags, i_bh, N, first):
 
 
 @triton.jit
+def query_tile(
+    q, k, v, flags, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, H, N, TILES,
+    G: tl.constexpr, BQ: tl.constexpr, SOME: tl.constexpr,
+):  # fmt: skip
+    """Where the tile of queries of this program is: its number, whether it is wanted, its queries and rows, and its heads' q, k and v."""
+    i_t, i_bh = tl.program_id(0) % TILES, tl.program_id(0) // TILES
+    wanted = 1
+    if SOME:
+        wanted = tl.load(flag_of(flags, i_bh, N, i_t * BQ))
+    i_b, i_h = (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+    o_q = i_t * BQ + tl.arange(0, BQ)
+    p_q = q + i_b * stride_qb + i_h * stride_qh
+    p_k, p_v = k + i_b * stride_kb + i_h // G * stride_kh, v + i_b * stride_vb + i_h // G * stride_vh
+    return i_t, wanted, o_q, o_q < N, i_bh.to(tl.int64) * N + o_q, p_q, p_k, p_v
+
+
+@triton.jit
 def weights_of(
     b_qr, b_qs, b_kr, b_ks, b_limit, b_lse, m_s, scale, scale_s, PREC: tl.constexpr
 ):  # fmt: skip
