@@ -9,23 +9,25 @@ from typer.testing import CliRunner, Result
 
 from attnbench.cli import app
 
-SUITE = """
+
+def suite_text(methods: str, *n: int) -> str:
+    """A small suite of the task speed, with the text of its methods."""
+    return f"""
 title = "Small"
 question = "Does it run?"
 task = "speed"
 [axes]
-n = [16, 32, 48, 64]
+n = {list(n)}
 [fixed]
 dim = 8
 [measure]
 budget_s = 0.01
 aa = false
-[[method]]
-name = "softmax"
-[[method]]
-name = "topk"
-topk = 4
+{methods}
 """
+
+
+SUITE = suite_text('[[method]]\nname = "softmax"\n[[method]]\nname = "topk"\ntopk = 4', 16, 32, 48, 64)
 
 
 def call(*words: object) -> Result:

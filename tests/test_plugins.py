@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import synthetic
-from cli_support import answer, call
+from cli_support import answer, call, suite_text
 
 from attnbench import registry
 from attnbench.case import Case
@@ -115,18 +115,7 @@ def test_plots_know_the_family_of_a_plugin(results: Path) -> None:
     assert "per-query routing" in drawn["b"]
 
 
-SUITE = """
-task = "speed"
-[axes]
-n = [16]
-[fixed]
-dim = 8
-[measure]
-budget_s = 0.01
-aa = false
-[[method]]
-name = "linear"
-"""
+SUITE = suite_text('[[method]]\nname = "linear"', 16)
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])

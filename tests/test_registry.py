@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cli_support import suite_text
 
 import attnbench
 from attnbench import registry
@@ -18,18 +19,7 @@ from attnbench.errors import UserError
 from attnbench.registry import Registry
 
 HERE = Path(__file__).parent
-SUITE = """
-task = "speed"
-[axes]
-n = [16, 33]
-[fixed]
-dim = 8
-[measure]
-budget_s = 0.01
-aa = false
-[[method]]
-name = "uniform"
-"""
+SUITE = suite_text('[[method]]\nname = "uniform"', 16, 33)
 METHOD = """
 from dataclasses import replace
 from attnbench.registry import get

@@ -38,37 +38,47 @@ class Place(StrEnum):
     RAY = "ray"
 
 
+Results = Annotated[Path, typer.Option("--results", metavar="DIR", help="Records go to DIR/<suite>/<device>/.")]
+Resume = Annotated[bool, typer.Option("--resume/--no-resume", help="Leave alone what earlier runs settled on this environment.")]
+Retry = Annotated[bool, typer.Option("--retry", help="With --resume: try cells again that ran out of memory or time.")]
+Timeout = Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Time a cell may take in all.")]
+BudgetS = Annotated[float | None, typer.Option("--budget-s", metavar="SECONDS", help="Timed calls of a cell, in all.")]
+Untimed = Annotated[bool, typer.Option("--untimed", help="Leave out the clocks: output, gate and memory alone. A later --resume times.")]
+Breakdown = Annotated[bool, typer.Option("--breakdown", help="Take each cell's time apart by stage, on calls of its own.")]
+Energy = Annotated[bool, typer.Option("--energy", help="Meter the energy of calls too, where the GPU reports it.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Tell only of notes and failures.")]
+Json = Annotated[bool, typer.Option("--json", help="Write each record to stdout as one JSON line.")]
+ShardText = Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only part I of N, for job arrays; then `merge`.")]
+Executor = Annotated[Place, typer.Option("--executor", help="Run here, or on all GPUs of a Ray cluster.")]
+Address = Annotated[
+    str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster. Default: $RAY_ADDRESS, else this machine's.")
+]
+Concurrent = Annotated[int, typer.Option("--concurrent", metavar="K", min=1, help="Cells at once on one device, where none is timed.")]
+
+
 def run(
     suite: SuiteName,
-    results: Annotated[Path, typer.Option("--results", metavar="DIR", help="Records go to DIR/<suite>/<device>/.")] = Path("results"),
+    results: Results = Path("results"),
     device: DeviceOption = None,
     method: MethodNames = [],
     axis: Axes = [],
     set_: Settings = [],
     budget: Budget = None,
     data: Data = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--no-resume", help="Leave alone what earlier runs settled on this environment.")
-    ] = False,
-    retry: Annotated[bool, typer.Option("--retry", help="With --resume: try cells again that ran out of memory or time.")] = False,
-    timeout: Annotated[float | None, typer.Option("--timeout", metavar="SECONDS", help="Time a cell may take in all.")] = None,
-    budget_s: Annotated[float | None, typer.Option("--budget-s", metavar="SECONDS", help="Timed calls of a cell, in all.")] = None,
-    untimed: Annotated[
-        bool, typer.Option("--untimed", help="Leave out the clocks: output, gate and memory alone. A later --resume times.")
-    ] = False,
-    breakdown: Annotated[bool, typer.Option("--breakdown", help="Take each cell's time apart by stage, on calls of its own.")] = False,
-    energy: Annotated[bool, typer.Option("--energy", help="Meter the energy of calls too, where the GPU reports it.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell only of notes and failures.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Write each record to stdout as one JSON line.")] = False,
+    resume: Resume = False,
+    retry: Retry = False,
+    timeout: Timeout = None,
+    budget_s: BudgetS = None,
+    untimed: Untimed = False,
+    breakdown: Breakdown = False,
+    energy: Energy = False,
+    quiet: Quiet = False,
+    json: Json = False,
     plugin: Plugins = [],
-    shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help="Only part I of N, for job arrays; then `merge`.")] = None,
-    executor: Annotated[Place, typer.Option("--executor", help="Run here, or on all GPUs of a Ray cluster.")] = Place.LOCAL,
-    address: Annotated[
-        str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster. Default: $RAY_ADDRESS, else this machine's.")
-    ] = None,
-    concurrent: Annotated[
-        int, typer.Option("--concurrent", metavar="K", min=1, help="Cells at once on one device, where none is timed.")
-    ] = 1,
+    shard: ShardText = None,
+    executor: Executor = Place.LOCAL,
+    address: Address = None,
+    concurrent: Concurrent = 1,
 ) -> None:
     """Run a suite: check, time and measure every cell, each written to disk as soon as it ends.
 
