@@ -111,7 +111,7 @@ class CellRunner:
     def __call__(self, message: Case | str) -> Reply:
         """Answer one message of the parent."""
         if message == ENVIRONMENT:
-            return Reply(facts(self.device))
+            return Reply(facts(self.device, self.protocol.timed))
         assert not isinstance(message, str), f"unknown message {message}"
         record = self.attempt(message)
         gc.collect()
@@ -214,10 +214,11 @@ def setup(device: str, protocol: Protocol, plugins: tuple[Path, ...], checkpoint
     return CellRunner(device, protocol, environment.Monitor(), checkpoints)
 
 
-def facts(device: str) -> dict[str, Any]:
-    """The environment with its id, and the ceilings measured now."""
+def facts(device: str, timed: bool = True) -> dict[str, Any]:
+    """The environment with its id, and the ceilings measured now; none where nothing is timed, as others may then be at work beside it."""
     collected = environment.collect(device)
-    return {**collected, "env_id": environment.env_id(collected), "ceilings": environment.ceilings(device)}
+    ceilings = {"ceilings": environment.ceilings(device)} if timed else {}
+    return {**collected, "env_id": environment.env_id(collected), **ceilings}
 
 
 def _excess(errors: Any, bounds: Any) -> tuple[str, ...]:

@@ -165,9 +165,9 @@ class Store:
             ) from None
 
     def save_environment(self, env_id: str, environment: Mapping[str, Any]) -> None:
-        """Add or refresh one environment, atomically."""
+        """Add or refresh one environment, atomically; what is known of it and not said now stays."""
         known = environments(self.file)
-        known[env_id] = dict(environment)
+        known[env_id] = {**known.get(env_id, {}), **environment}
         text = json.dumps({"schema": SCHEMA, "environments": known}, indent=1, sort_keys=True) + "\n"
         files.write(self.path / ENVIRONMENTS, text)
 
