@@ -287,6 +287,23 @@ def test_the_figure_draws_its_data_a_panel_a_length_and_profile(table: Any) -> N
     assert "Further than 15% from the budget: PVT 77 for 64 at N=1k." in caption
 
 
+def test_cells_without_times_stand_in_rows(table: Any) -> None:
+    figure, drawn = equal_width.build(table.assign(time_s=float("nan"))), equal_width.data(table)
+    assert figure is not None
+    names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert names == list(dict.fromkeys(drawn.loc[~drawn["exact"], "series"]))
+    for axes in figure.axes:
+        profile, n = axes.get_title().split(", N=")
+        part = drawn[(drawn["profile"] == profile) & (drawn["n"] == {"1k": 1024, "4k": 4096}[n])]
+        points = {tuple(xy) for line in axes.lines if line.get_marker() != "None" for xy in line.get_xydata()}
+        own = part[~part["exact"]]
+        assert points == {(x, names.index(name)) for x, name in zip(own["rel_error"], own["series"], strict=True)}
+        (exact,) = [line for line in axes.lines if line.get_linestyle() == "--"]
+        assert set(exact.get_xdata()) == set(part.loc[part["exact"], "rel_error"])
+    assert "Dashed" not in figure.get_supxlabel()
+    assert {t.get_text() for t in figure.legends[0].get_texts()} == {"64 units a query", "256 units a query", "exact softmax, rounded"}
+
+
 def test_without_budgets_there_is_no_such_figure(table: Any) -> None:
     without = table.assign(budget=[()] * len(table))
     assert equal_width.data(without).empty

@@ -56,10 +56,13 @@ def test_cells_without_clocks_run_side_by_side_and_are_timed_later(tmp_path: Pat
     assert first.counts == {Status.OK: 2}
     assert all(r.timing is None and r.gate.passed and r.memory for r in first.records)
     assert sweep(untimed, tmp_path, resume=True).resumed == 2
+    (file,) = store.find(tmp_path)
+    assert all("ceilings" not in known for known in store.environments(file).values())
     timed = sweep(suite("softmax", "linear"), tmp_path, resume=True)
     assert timed.resumed == 0
     assert all(r.timing for r in timed.records)
     assert sweep(untimed, tmp_path, resume=True).resumed == 2
+    assert all(known["ceilings"]["copy_bytes_per_s"] > 0 for known in store.environments(file).values())
     with pytest.raises(UserError, match="breakdown is of calls that are timed"):
         replace(untimed.protocol, breakdown=True)
 

@@ -1,4 +1,7 @@
-"""Fidelity against time where every query reads as many hidden units: what a method makes of the same budget."""
+"""Fidelity where every query reads as many hidden units: what a method makes of the same budget, and in what time.
+
+Drawn against time; a row a method where cells were not timed.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from attnbench import frame, series, stats
-from attnbench.figures import _panel
+from attnbench.figures import _panel, _rungs
 from attnbench.figures._place import Name, annotate
 from attnbench.figures._style import WIDTHS, length, look, paper, variants, wrapped
 from attnbench.method import Shape
@@ -28,7 +31,6 @@ FIXED = "fixed"
 """The budget of a method that reads what its shape gives it."""
 _NEAR = 0.15
 """How far from the budget the units that a query reads may be without being told."""
-_SIZES = (2.6, 3.6, 4.6)
 
 
 def groups(table: pd.DataFrame) -> Iterator[series.Group]:
@@ -89,6 +91,11 @@ def _point(cell: pd.DataFrame) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def timed(drawn: pd.DataFrame) -> bool:
+    """Whether every point that is drawn has a time."""
+    return bool(drawn.loc[~drawn["exact"], "time_ms"].notna().all())
+
+
 def _order(point: dict[str, Any]) -> tuple[Any, ...]:
     budget = 0 if point["budget"] == FIXED else int(point["budget"])
     return point["profile"], point["n"], series.family_rank(point["family"]), series.natural(str(point["series"])), budget
@@ -100,7 +107,10 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     if drawn.empty or drawn["exact"].all():
         return None
     with paper():
-        return _draw(drawn, table[table["task"] == "fidelity"], columns)
+        cells = table[table["task"] == "fidelity"]
+        if timed(drawn):
+            return _draw(drawn, cells, columns)
+        return _rungs.draw(drawn, _caption(drawn, cells), columns, FIXED)
 
 
 def _draw(drawn: pd.DataFrame, table: pd.DataFrame, columns: int) -> Figure:
@@ -147,8 +157,7 @@ def _panel_of(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]
         style = entries[str(name)]
         axes.plot(points["time_ms"], points["rel_error"], color=style["color"], linewidth=0.7, alpha=0.6, zorder=2)
         for point in points.to_dict("records"):
-            rank = 1 if point["budget"] == FIXED else round(2 * budgets.index(point["budget"]) / max(1, len(budgets) - 1))
-            size = style["markersize"] / 3.8 * _SIZES[rank]
+            size = style["markersize"] / 3.8 * _rungs.size(point["budget"], budgets, FIXED)
             axes.plot([point["time_ms"]], [point["rel_error"]], **{**style, "linestyle": "none", "markersize": size}, zorder=3)
     if part["exact"].any():
         axes.axvline(part.loc[part["exact"], "time_ms"].min(), color="#000000", linewidth=0.8, linestyle=(0, (2, 2)), zorder=1)
@@ -179,7 +188,7 @@ def _caption(drawn: pd.DataFrame, table: pd.DataFrame) -> str:
     if learned:
         titles = sorted(drawn.loc[drawn["method"].isin(learned), "series"].unique())
         parts.append(f"Learned parameters as initialised, untrained: {', '.join(titles)}.")
-    if drawn["exact"].any():
+    if drawn["exact"].any() and timed(drawn):
         parts.append(f"Dashed: the fastest exact method ({', '.join(sorted(drawn.loc[drawn['exact'], 'series'].unique()))}).")
     measured = table[table["status"] == "ok"]
     parts.append(series.settings(measured.assign(params=_own(measured))).strip())
