@@ -14,6 +14,7 @@ DEVICES = {"GPU A": 1.0, "GPU B": 3.0}
 
 NAMES = (
     "anatomy",
+    "crossover",
     "efficiency",
     "energy",
     "equal_width",

@@ -1,0 +1,55 @@
+"""The figure of crossover lengths draws what `attnbench crossover` says, and nothing without a baseline."""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import synthetic
+
+from attnbench import crossover, frame
+from attnbench.crossover import Answer
+from attnbench.figures import crossover as drawn
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> pd.DataFrame:
+    return frame.load(synthetic.write(tmp_path_factory.mktemp("results"), "speed", synthetic.speed()))[0]
+
+
+def test_rows_are_the_answers_of_the_command(table: pd.DataFrame) -> None:
+    rows = {(str(r["series"]), str(r["panel"])): r for r in drawn.data(table).to_dict("records")}
+    found = crossover.find(table, "softmax@cudnn")
+    assert set(rows) == {(one.series, one.mode) for one in found}
+    assert {one.answer for one in found} >= {Answer.FROM, Answer.NEVER, Answer.BEYOND}
+    for one in found:
+        row = rows[one.series, one.mode]
+        assert row["answer"] == one.answer
+        if one.length:
+            assert (row["low"], row["n"], row["high"]) == tuple(round(n) for n in one.length)
+            assert row["low"] <= row["n"] <= row["high"]
+        else:
+            assert pd.isna(row["n"])
+
+
+def test_the_figure_has_a_point_or_a_word_for_every_row(table: pd.DataFrame) -> None:
+    figure, rows = drawn.build(table), drawn.data(table)
+    assert figure is not None
+    names = [t.get_text() for t in figure.axes[0].get_yticklabels()]
+    assert names == list(dict.fromkeys(rows["series"]))
+    first = int(table["n"].min())
+    for axes in figure.axes:
+        part = rows[rows["panel"] == axes.get_title()]
+        crossed = part[part["answer"] == Answer.FROM]
+        points = {tuple(xy) for line in axes.lines if line.get_marker() != "None" for xy in line.get_xydata()}
+        assert points == {(max(first, n), names.index(name)) for n, name in zip(crossed["n"], crossed["series"], strict=True)}
+        words = {(names[round(t.get_position()[1])], t.get_text()) for t in axes.texts if not t.get_text().startswith("≤")}
+        others = part[part["answer"] != Answer.FROM]
+        assert words == set(zip(others["series"], others["answer"], strict=True))
+    assert "faster than Softmax (cudnn) from N =" in {axes.get_xlabel() for axes in figure.axes}
+
+
+def test_without_a_baseline_or_a_second_length_there_is_no_figure(table: pd.DataFrame, tmp_path: Path) -> None:
+    assert drawn.build(table[~table["label"].isin(drawn.BASELINES)]) is None
+    assert drawn.build(table[table["n"] == 1024]) is None
+    assert drawn.build(table[table["label"] == "softmax@cudnn"]) is None
+    assert drawn.data(pd.DataFrame()).empty
