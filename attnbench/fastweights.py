@@ -37,7 +37,7 @@ class Bank:
     values: Tensor | None = None
     """`[B, H, M, Dv]`"""
     index: Tensor | None = None
-    """`[B, H, E, W]` token of each hidden unit; -1 pads a narrower expert"""
+    """`[B, H, E, W]` token of each hidden unit, in any integer type; -1 pads a narrower expert"""
     w1: Tensor | None = None
     """`[B, H, E, W, D]` first-layer weights of compressed experts"""
     w2: Tensor | None = None
@@ -101,7 +101,7 @@ class Bank:
         if self.index is None:
             tokens = torch.full((*used.shape, self.width), -2, device=used.device)
         else:
-            tokens = _gather(self.index, used.clamp(min=0))
+            tokens = _gather(self.index, used.clamp(min=0)).long()
         return tokens.masked_fill((used < 0).unsqueeze(-1), -1).flatten(3, 4)
 
     def latest(self, rows: Tensor) -> Tensor:
@@ -218,11 +218,22 @@ def width_per_query(weights: FastWeights) -> float:
 def load(bank: Bank) -> Tensor:
     """Queries per expert `[B, H, E]` of a routed bank."""
     assert bank.routes is not None, "only routed banks have a load"
-    b, h, _, _ = bank.routes.shape
-    ids = bank.routes.flatten(2)
-    counts = torch.zeros(b, h, bank.experts + 1, device=ids.device, dtype=torch.long)
-    counts.scatter_add_(2, ids.masked_fill(ids < 0, bank.experts), torch.ones_like(ids))
-    return counts[..., :-1]
+    return occurrences(bank.routes, bank.experts)
+
+
+def occurrences(ids: Tensor, size: int) -> Tensor:
+    """How often each of 0 .. size - 1 is among `ids: [B, H, X, Y]`, `[B, H, size]`; -1 is left out.
+
+    Ids that a batch or its heads share by stride 0 are read once, and all of them some X at a time: N experts of W tokens, or a window
+    for each query, are many times as large as what is counted.
+    """
+    own = ids[tuple(slice(1) if stride == 0 else slice(None) for stride in ids.stride()[:2])]
+    counts = torch.zeros(*own.shape[:2], size + 1, device=ids.device, dtype=torch.long)
+    one = torch.ones((), device=ids.device, dtype=torch.long)
+    for part in own.split(max(1, _CHUNK_ELEMENTS // max(1, own[:, :, :1].numel())), 2):
+        places = part.flatten(2).long()
+        counts.scatter_add_(2, places.masked_fill(places < 0, size), one.expand_as(places))
+    return counts[..., :-1].expand(*ids.shape[:2], -1)
 
 
 def kept(weights: FastWeights, keys: int) -> Tensor:
@@ -230,9 +241,8 @@ def kept(weights: FastWeights, keys: int) -> Tensor:
     mask: Tensor | None = None
     for bank in weights.banks:
         if bank.index is not None:
-            held = torch.zeros(*bank.index.shape[:2], keys + 1, dtype=torch.bool, device=bank.index.device)
-            held.scatter_(2, bank.index.flatten(2).masked_fill(bank.index.flatten(2) < 0, keys), True)
-            mask = held[..., :-1] if mask is None else mask | held[..., :-1]
+            held = occurrences(bank.index, keys) > 0
+            mask = held if mask is None else mask | held
     assert mask is not None, "no bank of these fast weights is token-aligned"
     return mask
 

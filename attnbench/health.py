@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from attnbench.fastweights import load
+from attnbench.fastweights import load, occurrences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -21,60 +21,41 @@ if TYPE_CHECKING:
 
 def health(weights: FastWeights, keys: int) -> dict[str, float]:
     """Measures of the routed banks on `keys` tokens, each where it exists: see the functions of this module."""
-    measures: dict[str, Callable[[], float | None]] = {
-        "load_entropy": lambda: load_entropy(weights),
-        "max_load": lambda: max_load(weights),
-        "pruned": lambda: pruned(weights, keys),
-        "duplicates": lambda: duplicates(weights, keys),
-    }
-    return {name: value for name, measure in measures.items() if (value := measure()) is not None}
+    routed = [bank for bank in weights.banks if bank.routes is not None]
+    shares = [_shares(bank) for bank in routed if bank.experts > 1]
+    held = [occurrences(bank.index, keys) for bank in routed if bank.index is not None]
+    measures = {"load_entropy": load_entropy(shares), "max_load": max_load(shares), "pruned": pruned(held), "duplicates": duplicates(held)}
+    return {name: value for name, value in measures.items() if value is not None}
 
 
-def _shares(weights: FastWeights) -> Iterator[Tensor]:
-    """Each expert's share of the queries served `[B, H, E]`, for each bank that routes among several experts."""
-    for bank in weights.banks:
-        if bank.routes is not None and bank.experts > 1:
-            counts = load(bank).double()
-            yield counts / counts.sum(-1, keepdim=True).clamp(min=1)
+def _shares(bank: Bank) -> Tensor:
+    counts = load(bank).double()
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1)
 
 
-def load_entropy(weights: FastWeights) -> float | None:
+def load_entropy(shares: Sequence[Tensor]) -> float | None:
     """Entropy of the load over `log E`, averaged over heads and routed banks: 1 is even, 0 is one expert for all queries.
 
-    None where nothing is routed among several experts.
+    `shares` are each expert's share of the queries served `[B, H, E]`, for each bank that routes among several. None without any.
     """
-    found = [-(torch.xlogy(p, p)).sum(-1) / torch.tensor(float(p.shape[-1])).log() for p in _shares(weights)]
+    found = [-(torch.xlogy(p, p)).sum(-1) / torch.tensor(float(p.shape[-1])).log() for p in shares]
     return float(torch.cat([x.flatten() for x in found]).mean()) if found else None
 
 
-def max_load(weights: FastWeights) -> float | None:
+def max_load(shares: Sequence[Tensor]) -> float | None:
     """The busiest expert's share of its bank's load, of the head where it is largest: what the slowest program waits for."""
-    found = [float(p.max()) for p in _shares(weights)]
-    return max(found) if found else None
+    return max((float(p.max()) for p in shares), default=None)
 
 
-def pruned(weights: FastWeights, keys: int) -> float | None:
-    """Share of tokens that no expert of any routed bank keeps, averaged over heads; None where no routed expert holds tokens."""
-    held = [_holders(bank, keys) > 0 for bank in _aligned(weights)]
-    return float(1 - torch.stack(held).any(0).double().mean()) if held else None
+def pruned(held: Sequence[Tensor]) -> float | None:
+    """Share of tokens that no expert of any routed bank keeps, averaged over heads.
+
+    `held` says how often the experts of each routed bank hold each token, `[B, H, M]`. None where no routed expert holds tokens.
+    """
+    return float(1 - (torch.stack(tuple(held)) > 0).any(0).double().mean()) if held else None
 
 
-def duplicates(weights: FastWeights, keys: int) -> float | None:
+def duplicates(held: Sequence[Tensor]) -> float | None:
     """Share of the places in routed experts whose token an expert of the same bank holds already: 0 where experts share no token."""
-    counts = [_holders(bank, keys) for bank in _aligned(weights)]
-    places = sum(int(c.sum()) for c in counts)
-    return 1 - sum(int((c > 0).sum()) for c in counts) / places if places else None
-
-
-def _aligned(weights: FastWeights) -> Iterator[Bank]:
-    """Routed banks whose hidden units are tokens."""
-    return (bank for bank in weights.banks if bank.routes is not None and bank.index is not None)
-
-
-def _holders(bank: Bank, keys: int) -> Tensor:
-    """How often experts hold each token, `[B, H, M]`."""
-    assert bank.index is not None
-    tokens = bank.index.flatten(2)
-    counts = torch.zeros(*tokens.shape[:2], keys + 1, dtype=torch.long, device=tokens.device)
-    counts.scatter_add_(2, tokens.masked_fill(tokens < 0, keys), torch.ones_like(tokens, dtype=torch.long))
-    return counts[..., :-1]
+    places = sum(int(count.sum()) for count in held)
+    return 1 - sum(int((count > 0).sum()) for count in held) / places if places else None
