@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from attnbench.eager import masked_softmax, wide
+from attnbench.eager import masked_softmax, positions, wide
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 _BUDGET_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 """bytes that the intermediates of one chunk may take: small beside a GPU's memory, near the size of a CPU's caches"""
@@ -26,6 +26,16 @@ def row_chunks(x: Tensor, bytes_per_row: int) -> Iterator[slice]:
     step = rows_per_chunk(x, bytes_per_row)
     for start in range(0, x.shape[2], step):
         yield slice(start, min(start + step, x.shape[2]))
+
+
+@torch.no_grad()
+def chosen_by_rows(choose: Callable[[Tensor, Tensor], Tensor], q: Tensor, elements: int) -> Tensor:
+    """`choose(q [B, H, R, D], positions [R]) -> [B, H, R, S]` for all N queries, some at a time, so that N x M scores never exist.
+
+    `elements` are the numbers in at least float32 that a query needs in each head while it chooses.
+    """
+    step = rows_per_chunk(q, elements * q.shape[0] * q.shape[1] * wide(q[..., :0]).element_size())
+    return torch.cat([choose(x, rows) for x, rows in zip(q.split(step, 2), positions(q, None).split(step), strict=True)], 2)
 
 
 def wide_scores(q: Tensor, k: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from attnbench.stages import stage
 
 from ._chunks import row_chunks
 from ._topk import attend_chosen
-from .dsa import first_best, index_keys, index_queries, index_scores
+from .dsa import COPIES, first_best, index_keys, index_queries, index_scores
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,7 +62,7 @@ def select(q: Tensor, k: Tensor, params: DsaParams, weights: Mapping[str, Tensor
     index = torch.full((q.shape[0], 1, q.shape[2], min(params.topk, k.shape[2])), -1, dtype=torch.int32, device=q.device)
     with stage("project"):
         (query, gate), key = index_queries(q, params, weights), index_keys(k, params, weights)
-    for rows in row_chunks(q, 8 * q.shape[0] * k.shape[2] * key.element_size()):  # sum, product, masked copies, counts, workspace
+    for rows in row_chunks(q, COPIES * q.shape[0] * k.shape[2] * key.element_size()):
         visible = min(rows.stop, k.shape[2]) if params.causal else k.shape[2]
         with stage("score"):
             scores = index_scores(query[:, :, rows], gate[:, :, rows], key[:, :, :visible])

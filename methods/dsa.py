@@ -28,6 +28,7 @@ from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, Weights, given, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from ._chunks import rows_per_chunk
 from ._skim import selecting
 from .topk import TopkParams, choose, reads
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 EPS = 1e-6
 """of the layer normalisation of indexer keys"""
+COPIES = 8
+"""tensors of the size of a chunk's scores that choosing keeps at once: sum, product, masked copies, counts, workspace"""
 _ROWS = 64  # queries evaluated at a time, each with keys of its own in every head
 
 
@@ -109,8 +112,14 @@ def first_best(scores: Tensor, rows: Tensor, params: TopkParams) -> Tensor:
 
 @torch.no_grad()
 def chosen(q: Tensor, k: Tensor, rows: Tensor, params: DsaParams, w: Mapping[str, Tensor]) -> Tensor:
-    """Keys `[B, 1, R, K]` of the queries `q: [B, H, R, D]` at positions `rows`, the same for all heads; -1 where there is none."""
-    return first_best(index_scores(*index_queries(q, params, w), index_keys(k, params, w)), rows, params)
+    """Keys `[B, 1, R, K]` of the queries `q: [B, H, R, D]` at positions `rows`, the same for all heads; -1 where there is none.
+
+    Some queries at a time: N x M scores never exist.
+    """
+    (query, gate), key = index_queries(q, params, w), index_keys(k, params, w)
+    step = rows_per_chunk(q, COPIES * q.shape[0] * k.shape[2] * key.element_size())
+    parts = zip(query.split(step, 2), gate.split(step, 2), rows.split(step), strict=True)
+    return torch.cat([first_best(index_scores(x, factor, key), own, params) for x, factor, own in parts], 2)
 
 
 def reference(

@@ -19,8 +19,12 @@ from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from ._chunks import chosen_by_rows
 from ._routed import implementation
 from ._varlen import segment_reasons, varlen_reasons
+
+_COPIES = 3
+"""tensors of the size of a chunk's scores that are alive at once: scores, masked copy, workspace"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +83,8 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: MobaParams, rows: Tensor 
 
 def experts(q: Tensor, k: Tensor, v: Tensor, params: MobaParams) -> FastWeights:
     """One expert a block, as wide as the block; each query routed to min(K, E) of them."""
-    routes = choose(q, block_means(k, params), positions(q, None), params)
+    means = block_means(k, params)
+    routes = chosen_by_rows(lambda x, rows: choose(x, means, rows, params), q, _COPIES * means.shape[2])
     k, v = expand_heads(q, k, v)
     keys = k.shape[2]
     token = torch.arange(params.blocks(keys) * params.block, device=k.device).view(-1, params.block)[:, :keys]

@@ -33,6 +33,7 @@ from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, Weights, given, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from ._chunks import chosen_by_rows
 from ._nsa_compress import compressed, draw_phi, ends, members, phi_flops
 from ._nsa_select import block_tokens, choose, read, window_tokens
 from ._routed import implementation
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _MOST_BLOCKS = 16384  # that a kernel chooses from at once
+_COPIES = 6
+"""tensors of the size of a chunk's scores that are alive at once: logits, probabilities, padded and summed importances"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,12 @@ def gates(q: Tensor, weight: Tensor) -> Tensor:
     return factors.permute(3, 0, 2, 1)
 
 
+def _probabilities(q: Tensor, compressed_k: Tensor, rows: Tensor, keys: int, params: NsaParams) -> Tensor:
+    """The compressed branch's softmax `[B, H, R, C]`, of the queries `q: [B, H, R, D]` at positions `rows`."""
+    visible = ends(keys, params, q.device) <= rows[:, None] if params.causal else None
+    return masked_softmax(q.shape[-1] ** -0.5 * (wide(q) @ wide(compressed_k).transpose(-1, -2)), visible)
+
+
 def reference(
     q: Tensor, k: Tensor, v: Tensor, params: NsaParams, rows: Tensor | None = None, *, weights: Mapping[str, Tensor] | None = None
 ) -> Tensor:
@@ -97,8 +106,7 @@ def reference(
     own = given(weights, initial_weights, (q, k, v), params)
     rows, q, keys = positions(q, rows), take(q, rows), k.shape[2]
     compressed_k, compressed_v = expand_heads(q, *compressed(k, v, params, own))
-    visible = ends(keys, params, q.device) <= rows[:, None] if params.causal else None
-    p = masked_softmax(q.shape[-1] ** -0.5 * (wide(q) @ wide(compressed_k).transpose(-1, -2)), visible)
+    p = _probabilities(q, compressed_k, rows, keys, params)
     selected = block_tokens(choose(p, rows, k.shape[1], keys, params), keys, params)
     window = window_tokens(rows, keys, params)[None, None]
     seen = (selected >= 0) & (selected <= rows[:, None]) if params.causal else selected >= 0
@@ -112,8 +120,11 @@ def experts(q: Tensor, k: Tensor, v: Tensor, params: NsaParams, *, weights: Mapp
     rows, keys, scale, kv_heads = positions(q, None), k.shape[2], q.shape[-1] ** -0.5, k.shape[1]
     w1, w2 = expand_heads(q, *compressed(k, v, params, own))
     last = ends(keys, params, q.device)
-    p = masked_softmax(scale * (wide(q) @ wide(w1).transpose(-1, -2)), last <= rows[:, None] if params.causal else None)
-    routes = choose(p, rows, kv_heads, keys, params).repeat_interleave(q.shape[1] // kv_heads, 1)
+
+    def chosen(x: Tensor, at: Tensor) -> Tensor:
+        return choose(_probabilities(x, w1, at, keys, params), at, kv_heads, keys, params)
+
+    routes = chosen_by_rows(chosen, q, _COPIES * w1.shape[2]).repeat_interleave(q.shape[1] // kv_heads, 1)
     k, v = expand_heads(q, k, v)
 
     def everywhere(x: Tensor) -> Tensor:

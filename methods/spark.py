@@ -19,17 +19,19 @@ from typing import Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, softplus
+from torch.nn.functional import softplus
 
 from attnbench.eager import causal_mask, expand_heads, masked_softmax, positions, take, wide
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from ._chunks import rows_per_chunk
 from ._skim import thresholded
 from .topk import reads
 
-_ROWS = 1024  # queries whose kept keys are listed at a time
+_COPIES = 6
+"""tensors of the size of a chunk's scores that are alive at once: deviations, masked copies, squares"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,10 +139,7 @@ def experts(q: Tensor, k: Tensor, v: Tensor, params: SparkParams) -> FastWeights
     """N experts of about K tokens, expert i for query i alone: a gated layer whose first weights have two parts."""
     k, v = expand_heads(q, k, v)
     rows, (scale, scale_s) = positions(q, None), params.factors(q.shape[-1])
-    k_r = halves(k, params)[0].transpose(-1, -2)
-    lists = [_listed(kept(halves(take(q, part), params)[0] @ k_r, part, params)) for part in rows.split(_ROWS)]
-    widest = max(x.shape[-1] for x in lists)
-    index = torch.cat([pad(x, (0, widest - x.shape[-1]), value=-1) for x in lists], 2)
+    index = _index(halves(q, params)[0], halves(k, params)[0], params)
 
     def predicting(x: Tensor, _rows: Tensor) -> Tensor:
         first, other = halves(x, params)
@@ -151,6 +150,26 @@ def experts(q: Tensor, k: Tensor, v: Tensor, params: SparkParams) -> FastWeights
 
     routes = rows.view(1, 1, -1, 1).expand(*q.shape[:2], -1, 1)
     return FastWeights((Bank(k, v, index, routes=routes, scale=scale, query_map=predicting, factor=gate),))
+
+
+@torch.no_grad()
+def _index(q_r: Tensor, k_r: Tensor, params: SparkParams) -> Tensor:
+    """Keys `[B, H, N, W]` as int32 that each query keeps, -1 behind them; W is the most that any keeps.
+
+    Some queries at a time, and twice: thresholds first, so that no list exists beside the whole when it is written.
+    """
+    score_bytes = _COPIES * q_r.shape[0] * q_r.shape[1] * k_r.shape[2] * q_r.element_size()
+    step, keys, limits, widest = rows_per_chunk(q_r, score_bytes), k_r.transpose(-1, -2), [], 0
+    parts = list(zip(q_r.split(step, 2), positions(q_r, None).split(step), strict=True))
+    for part, rows in parts:
+        scores = part @ keys
+        limits.append(threshold(scores, rows, params))
+        widest = max(widest, int(above(scores, limits[-1], rows, params).sum(-1).max()))
+    index = torch.full((*q_r.shape[:3], widest), -1, dtype=torch.int32, device=q_r.device)
+    for (part, rows), limit, own in zip(parts, limits, index.split(step, 2), strict=True):
+        listed = _listed(above(part @ keys, limit, rows, params))
+        own[..., : listed.shape[-1]] = listed
+    return index
 
 
 def _listed(mask: Tensor) -> Tensor:

@@ -18,9 +18,11 @@ from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape, param
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
+from ._chunks import chosen_by_rows
 from ._skim import selecting
 
-_ROWS = 1024  # queries whose keys are listed at a time
+_COPIES = 3
+"""tensors of the size of a chunk's scores that are alive at once: scores, masked copy, workspace"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,9 +55,9 @@ def reference(q: Tensor, k: Tensor, v: Tensor, params: TopkParams, rows: Tensor 
 def experts(q: Tensor, k: Tensor, v: Tensor, params: TopkParams) -> FastWeights:
     """N experts of K tokens, expert i gathered for query i and used by it alone."""
     k, v = expand_heads(q, k, v)
-    rows, keys = positions(q, None), wide(k).transpose(-1, -2)
-    index = torch.cat([choose(wide(take(q, part)) @ keys, part, params) for part in rows.split(_ROWS)], 2)
-    routes = rows.view(1, 1, -1, 1).expand(*q.shape[:2], -1, 1)
+    keys = wide(k).transpose(-1, -2)
+    index = chosen_by_rows(lambda x, rows: choose(wide(x) @ keys, rows, params), q, _COPIES * k.shape[2])
+    routes = positions(q, None).view(1, 1, -1, 1).expand(*q.shape[:2], -1, 1)
     return FastWeights((Bank(k, v, index, routes=routes, scale=q.shape[-1] ** -0.5),))
 
 
