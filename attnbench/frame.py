@@ -12,7 +12,7 @@ from attnbench.errors import UserError
 from attnbench.stats import median
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
     from pathlib import Path
 
     from attnbench.record import Record
@@ -21,25 +21,38 @@ if TYPE_CHECKING:
 def load(results: Path, *, attempts: bool = False) -> tuple[pd.DataFrame, list[str]]:
     """The table of all records below `results`, and notes about repaired files. Raises `UserError`.
 
-    A row is the latest attempt at a cell in an environment, or with `attempts` every attempt.
+    A row is the latest attempt at a cell in an environment, or with `attempts` every attempt. What only some attempts ask for, the
+    breakdown and the energy, is that of the last one that has it and ran the same implementation.
 
     Columns: `suite`, `device`, `label` (`method@implementation` as asked), `method`, `implementation` (what ran), the fields of
     the case, `params` (JSON), `budget` (tuple) and `learned` as recorded, `status`, `reason`, `started`, `samples_s` (tuple), `time_s`
     (median), memory in `*_bytes`, `flops`, `bytes`, one column a task metric, `breakdown` and `training` as recorded where there are any,
-    `energy_j` of a call above `idle_w` and power `mean_w` where they were metered, and the environment's `gpu`, `copy_bytes_per_s`,
-    `matmul_flops_per_s` where measured.
+    `energy_j` of a call above `idle_w` and power `mean_w` where they were metered, `apart_s` and `metered_s` (median time of a call in the
+    attempt that was taken apart, or metered), and the environment's `gpu`, `copy_bytes_per_s`, `matmul_flops_per_s` where measured.
     """
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
     for file in store.find(results):
         loaded = store.read(file)
         notes += loaded.notes
-        known = store.environments(file)
+        known, extras = store.environments(file), {} if attempts else _asked(loaded.records)
         rows += [
-            _row(r, file.parent.parent.name, known.get(r.env_id, {}))
+            {**extras.get(_same(r), {}), **_row(r, file.parent.parent.name, known.get(r.env_id, {}))}
             for r in (loaded.records if attempts else store.latest(loaded.records))
         ]
     return pd.DataFrame(rows), notes
+
+
+def _same(record: Record) -> tuple[str, ...]:
+    return (record.case.case_id, record.env_id, record.implementation, str(record.status))
+
+
+def _asked(records: Iterable[Record]) -> dict[tuple[str, ...], dict[str, Any]]:
+    """What attempts were asked for beyond times, by what must be the same, each from the last that has it."""
+    found: dict[tuple[str, ...], dict[str, Any]] = {}
+    for record in records:
+        found.setdefault(_same(record), {}).update(_extra(record))
+    return found
 
 
 def current(table: pd.DataFrame) -> pd.DataFrame:
@@ -123,12 +136,20 @@ def _row(record: Record, suite: str, environment: dict[str, Any]) -> dict[str, A
             "throttled": record.timing.throttled,
             "clock": record.timing.clock,
         }
-    if record.breakdown:
-        row["breakdown"] = record.breakdown
-    if record.energy:
-        row |= {"energy_j": record.energy.joules_per_call, "idle_w": record.energy.idle_w, "mean_w": record.energy.mean_w}
+    row |= _extra(record)
     if record.training:
         row["training"] = record.training
     if record.memory:
         row |= {k: v for k, v in vars(record.memory).items() if k.endswith("_bytes")}
+    return row
+
+
+def _extra(record: Record) -> dict[str, Any]:
+    row: dict[str, Any] = {}
+    time_s = median(record.timing.samples_s) if record.timing else float("nan")
+    if record.breakdown:
+        row |= {"breakdown": record.breakdown, "apart_s": time_s}
+    if record.energy:
+        parts = record.energy
+        row |= {"energy_j": parts.joules_per_call, "idle_w": parts.idle_w, "mean_w": parts.mean_w, "metered_s": time_s}
     return row

@@ -184,6 +184,16 @@ def conditions(row: Mapping[str, Any] | pd.Series[Any]) -> str:
     return ", ".join(f"{SHORT.get(c, c)}={row[c]}" for c in told)
 
 
+def earlier(rows: pd.DataFrame, time: str, what: str) -> str:
+    """How many rows come from an attempt before the last, in a sentence that begins with `what` was done; empty where none does.
+
+    `time` is the column with the median time of a call in that attempt, as in `attnbench.frame.load`.
+    """
+    known = rows[rows[time].notna() & rows["time_s"].notna()]
+    old = int((known[time] != known["time_s"]).sum())
+    return f"{what} in an earlier attempt than the last: {old} of {len(known)} cells." if old else ""
+
+
 def _listed(values: list[Any]) -> str:
     return "/".join(str(v) for v in values)
 
