@@ -174,3 +174,56 @@ def test_results_without_energy_draw_no_figure_of_it(tmp_path: Path) -> None:
     table = frame.load(synthetic.write(tmp_path, "speed", [synthetic.ok(synthetic.case("softmax"), 1e-3)]))[0]
     assert figures.modules()["energy"].data(table).empty
     assert store.find(tmp_path)
+
+
+def metered(label: str, n: int, joules: float | None, mode: str = "forward") -> Record:
+    energy = None if joules is None else replace(METERED, joules_per_call=joules)
+    return replace(synthetic.ok(synthetic.case(label, n=n, mode=mode), 1e-3), energy=energy)
+
+
+def test_only_modes_and_lengths_at_which_energy_was_metered_are_drawn(tmp_path: Path) -> None:
+    joules = {"softmax@flash": 4.0, "linear": 0.25, "topk": 1.0}
+    records = [metered(label, n, j if n == 2048 else None) for label, j in joules.items() for n in (1024, 2048, 4096)]
+    records += [metered(label, 2048, None, "forward+backward") for label in joules]
+    failures = (("softmax@math", 2048, "forward"), ("softmax@math", 4096, "forward"), ("topk", 4096, "forward+backward"))
+    records += [synthetic.failed(synthetic.case(label, n=n, mode=mode), "oom") for label, n, mode in failures]
+    table = frame.load(synthetic.write(tmp_path, "speed", records))[0]
+    module = figures.modules()["energy"]
+    drawn = module.data(table)
+    assert set(zip(drawn["panel"], drawn["n"], strict=True)) == {("forward", 2048)}
+    assert drawn.loc[drawn["status"] != "ok", "label"].tolist() == ["softmax@math"], "failed where others were metered"
+    assert drawn.set_index("label")["joules_per_call"].dropna().to_dict() == joules
+    figure = module.build(table)
+    assert figure is not None
+    (axes,) = (a for a in figure.axes if a.get_xscale() == "log")
+    assert axes.get_title() == "forward, N=2k"
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["Linear", "Top-k", "Softmax (flash)", "Softmax (math)"]
+    points = [tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() not in ("None", None)]
+    assert points == [(pytest.approx(joules[k] / 2048 * 1e3), y) for y, k in enumerate(("linear", "topk", "softmax@flash"))]
+    texts = [t.get_text() for t in axes.texts]
+    assert texts == ["0.122", "0.250", "0.488", "1.00", "1.95", "4.00", "O", "J a call"], "mJ a token, J a call"
+
+
+def test_energy_of_several_lengths_is_lines(tmp_path: Path) -> None:
+    table = frame.load(synthetic.write(tmp_path, "speed", [metered("linear", n, n * 1e-3) for n in (512, 1024)]))[0]
+    figure = figures.modules()["energy"].build(table)
+    assert figure is not None
+    assert [512.0, 1024.0] in [list(line.get_xdata()) for a in figure.axes for line in a.lines]
+
+
+def test_a_later_attempt_without_energy_takes_none_away_and_figures_say_so(tmp_path: Path) -> None:
+    case = synthetic.case("linear", n=512)
+    first = replace(synthetic.ok(case, 2e-3), energy=METERED)
+    other = replace(synthetic.ok(synthetic.case("softmax", n=512), 1e-3), energy=METERED)
+    table = frame.load(synthetic.write(tmp_path, "speed", [first, other, synthetic.ok(case, 1e-3)]))[0]
+    row = table.set_index("label").loc["linear"]
+    assert (row["energy_j"], row["time_s"]) == (METERED.joules_per_call, pytest.approx(1e-3, rel=0.1)), "the time is the last one's"
+    assert row["metered_s"] == pytest.approx(2e-3, rel=0.1)
+    figure = figures.modules()["energy"].build(table)
+    assert figure is not None
+    assert "Metered in an earlier attempt than the last: 1 of 2 cells." in figure.get_supxlabel().replace("\n", " ")
+    swapped = replace(synthetic.ok(case, 1e-3), implementation="another")
+    table = frame.load(synthetic.write(tmp_path / "b", "speed", [first, swapped]))[0]
+    assert "energy_j" not in table, "another implementation ran since"
+    each = frame.load(tmp_path, attempts=True)[0]
+    assert each.loc[(each["label"] == "linear") & (each["suite"] == "speed"), "energy_j"].notna().sum() == 2

@@ -19,6 +19,8 @@ from attnbench.figures._style import paper
 from attnbench.metrics import METRICS
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from matplotlib.figure import Figure
 
 
@@ -120,33 +122,40 @@ class Facets:
         if len(list(series.groups(rows))) > 1:
             raise ValueError("the table mixes devices, suites or conditions: split it with attnbench.series.groups")
         with paper():
-            make = draw if drawn["n"].nunique() > 1 else _dots.draw
-            return make(drawn, self._caption(drawn, rows), METRICS[self.metric], columns)
+            return self._drawing(drawn)(drawn, self._caption(drawn, rows), METRICS[self.metric], columns)
+
+    def _drawing(self, drawn: pd.DataFrame) -> Callable[..., Figure]:
+        return _dots.draw if self._single(drawn) else draw
+
+    def _single(self, drawn: pd.DataFrame) -> bool:
+        """Whether series are rows, not lines."""
+        return bool(drawn["n"].nunique() == 1)
 
     def _caption(self, drawn: pd.DataFrame, rows: pd.DataFrame) -> str:
         metric = METRICS[self.metric]
-        parts = [f"{series.describe(rows)}. {series.settings(rows)}".strip()]
+        parts = [f"{series.describe(rows)}. {series.settings(rows[rows['label'].isin(drawn['label'])])}".strip()]
         if metric.of_time:
             parts.append(("Whole" if self.metric == "latency" else "From whole") + "-method time, median with quartiles.")
         elif rows["seed"].nunique() > 1:
             parts.append(f"Median and range over {rows['seed'].nunique()} seeds.")
         if self.metric == "energy":
-            parts.append(f"Whole GPU, calls back to back; idle power of {_span(rows['idle_w'].dropna())} W subtracted.")
+            parts.append(f"Whole GPU, calls back to back; idle power of {_span(rows['idle_w'].dropna(), 3)} W subtracted.")
+            parts.append(series.earlier(frame.current(rows), "metered_s", "Metered"))
         noise = series.noise(frame.current(rows)) if drawn["floor"].notna().any() else ""
         if noise:
             parts.append(f"Shaded band: A/A noise floor {noise}, drawn around the series that was measured twice.")
         if self.metric == "efficiency" and (drawn["value"] > 1).any():
             parts.append("Above 1: the floor counts every read of a gathered row at the rate of memory, and caches serve repeated ones.")
         if (drawn["kind"] == "baseline").any():
-            parts.append("Grey: the best dense method at each length.")
+            parts.append(f"Grey: the best dense method{'' if self._single(drawn) else ' at each length'}.")
         cited = drawn[drawn["kind"] == "cited"]
         if len(cited):
-            lines = " on dotted lines" if drawn["n"].nunique() > 1 else ""
+            lines = "" if self._single(drawn) else " on dotted lines"
             parts.append(f"Hollow markers{lines}: cited, not measured here. {'. '.join(sorted(cited['ran'].unique()))}.")
         exact = drawn[(drawn["kind"] == "exact") & (drawn["status"] == "ok")]
         if len(exact):
             parts.append(f"Not drawn: exact methods ({', '.join(sorted(exact['series'].unique()))}), at {_span(exact['value'])}.")
-        where = "Above the axes" if drawn["n"].nunique() > 1 else "Letters"
+        where = "Letters" if self._single(drawn) else "Above the axes"
         parts.append(failures(drawn[drawn["kind"] == "series"], where))
         return " ".join(part for part in parts if part)
 
@@ -157,6 +166,6 @@ def _of_one_length(rows: pd.DataFrame) -> pd.Series[bool]:
     return rows["profile"].str.startswith(series.FILE) & (lengths == 1)
 
 
-def _span(values: pd.Series[float]) -> str:
-    low, high = float(values.min()), float(values.max())
-    return f"{low:.2g}" if f"{low:.2g}" == f"{high:.2g}" else f"{low:.2g} to {high:.2g}"
+def _span(values: pd.Series[float], digits: int = 2) -> str:
+    low, high = (f"{float(end):.{digits}g}" for end in (values.min(), values.max()))
+    return low if low == high else f"{low} to {high}"
