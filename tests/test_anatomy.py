@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import synthetic
 from matplotlib.colors import to_hex
+from matplotlib.lines import Line2D
 
 from attnbench import figures, frame
 from attnbench.figures import _stages, anatomy
@@ -157,3 +158,61 @@ def test_it_is_drawn_with_the_others_and_its_data_beside_it(loaded, tmp_path):
     csv = pd.read_csv(tmp_path / "speed-anatomy-test-gpu-80gb-forward.csv")
     assert csv["time_ms"].tolist() == pytest.approx(anatomy.data(next(iter(anatomy.groups(loaded))).rows)["time_ms"].tolist())
     assert {"stage", "share", "floor_ms", "whole_ms", "launches", "kernels", "synchronisations"} <= set(csv.columns)
+
+
+def panel(figure, name):
+    return next(a for a in figure.axes if a.get_title().startswith(name))
+
+
+def test_every_length_that_any_method_was_taken_apart_at_is_drawn_and_what_lacks_says_why(tmp_path):
+    records = [record("mita", n) for n in (1024, 4096, 16384)] + [record("softmax@flash", 1024), record("topk", 1024)]
+    records += [synthetic.failed(synthetic.case("softmax@flash", n=n), s) for n, s in ((4096, "oom"), (16384, "timeout"), (65536, "oom"))]
+    records += [synthetic.failed(synthetic.case("linear", n=4096), "oom")]  # never taken apart
+    (group,) = anatomy.groups(frame.load(synthetic.write(tmp_path, "speed", records))[0])
+    drawn = anatomy.data(group.rows)
+    failed = drawn[drawn["status"] != "ok"]
+    assert list(zip(failed["series"], failed["n"], failed["status"], strict=True)) == [
+        ("Softmax (flash)", 4096, "oom"),
+        ("Softmax (flash)", 16384, "timeout"),
+    ]
+    figure = anatomy.build(group.rows)
+    assert figure is not None
+    marks = {
+        name: [(t.get_position()[0], t.get_text()) for t in panel(figure, name).texts] for name in ("MiTA", "Softmax (flash)", "Top-k")
+    }
+    assert marks == {"MiTA": [], "Softmax (flash)": [(1, "O"), (2, "T")], "Top-k": [(1, "-"), (2, "-")]}
+    assert {x for x, *_ in bars(panel(figure, "MiTA"))} == {0, 1, 2}
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert "Letters: O out of memory, T timed out." in caption
+    assert "- not taken apart." in caption
+
+
+def test_a_cell_timed_again_keeps_the_stages_and_the_time_of_the_attempt_that_was_taken_apart(tmp_path):
+    again = synthetic.ok(synthetic.case("softmax@flash", {}, n=1024), 5 * WHOLE_S, spread=0)
+    table = frame.load(synthetic.write(tmp_path, "speed", [record("softmax@flash", 1024), record("mita", 1024), again]))[0]
+    drawn = anatomy.data(table)
+    assert set(drawn["label"]) == {"softmax@flash", "mita"}
+    assert drawn["whole_ms"].tolist() == pytest.approx([WHOLE_S * 1e3] * len(drawn)), "shares are of what was taken apart"
+    figure = anatomy.build(table)
+    assert figure is not None
+    assert "Timed and taken apart in an earlier attempt than the last: 1 of 2 cells." in figure.get_supxlabel().replace("\n", " ")
+
+
+def test_one_launch_is_told_as_one():
+    assert anatomy._count(1, "launch", "launches") == "1 launch"
+    assert anatomy._count(0, "wait", "waits") == "0 waits"
+
+
+def test_the_floor_and_the_timed_call_do_not_look_alike(forward):
+    figure = anatomy.build(forward)
+    assert figure is not None
+    legend = next(a.get_legend() for a in figure.axes if a.get_legend())
+    assert [t.get_text() for t in legend.get_texts()][-2:] == ["roofline floor", "timed call"]
+    axes = panel(figure, "MiTA")
+    below = figure.axes[figure.axes.index(axes) + 1]
+    (timed,) = (line for line in below.lines if line.get_color() == "black")
+    marks = {(line.get_linestyle(), line.get_marker()) for line in axes.lines}
+    assert marks == {("-", "None")}
+    assert (timed.get_linestyle(), timed.get_marker()) == ("--", "o")
+    found = [(line.get_linestyle(), line.get_marker()) for line in legend.findobj(Line2D)]
+    assert {("-", "None"), ("--", "o")} <= set(found), "as in the panels"

@@ -11,11 +11,13 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import Normal, Stroke
 
 from attnbench import frame, series
 from attnbench.figures import _panel
+from attnbench.figures._multiples import failures
 from attnbench.figures._stages import GAPS, colour, fill
-from attnbench.figures._style import WIDTHS, length, paper, wrapped
+from attnbench.figures._style import LETTERS, WIDTHS, length, paper, wrapped
 from attnbench.record import Breakdown
 from attnbench.stages import rank
 from attnbench.store import device_slug
@@ -26,17 +28,30 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "anatomy"
-_FLOOR: dict[str, Any] = {"color": "black", "linewidth": 0.8}
-_THIN = 0.03
+_FLOOR: dict[str, Any] = {"color": "black", "linewidth": 0.7, "path_effects": [Stroke(linewidth=1.6, foreground="white"), Normal()]}
+"""Black with a white edge, to be seen on every colour of a stage."""
+_WHOLE: dict[str, Any] = {
+    "color": "black", "linewidth": 0.7, "linestyle": (0, (2.5, 1.2)), "marker": "o", "markersize": 3.6, "markerfacecolor": "none",
+    "markeredgewidth": 0.6,
+}  # fmt: skip
+"""Rings, to be seen around the point of a stage that is the whole call."""
+_NUMBERS = ("time_ms", "share", "floor_ms", "floor_share", "whole_ms")
+_COUNTS = ("launches", "kernels", "synchronisations")
+_ABSENT = "-"
+"""Marks a length at which a method was not taken apart, though it did not fail."""
+_MANY = 20
+"""More methods than this get smaller panels, more of them beside each other, so that a page holds them."""
+_THIN = 0.04
 """Segments of less than this share of a call have no room for the mark of their floor."""
 
 
 def groups(table: pd.DataFrame) -> Iterator[series.Group]:
-    """The measured rows that were taken apart, by device, suite, conditions and mode."""
+    """The measured rows that were taken apart, by device, suite, conditions and mode, with what failed beside them."""
     rows = _taken_apart(table)
     for group in series.groups(rows) if len(rows) else ():
         for mode in series.panel_order(group.rows["mode"].unique()):
-            yield group._replace(place=f"{group.place}-{device_slug(mode)}", rows=group.rows[group.rows["mode"] == mode])
+            part = group.rows[group.rows["mode"] == mode]
+            yield group._replace(place=f"{group.place}-{device_slug(mode)}", rows=pd.concat([part, _failed(table, part)]))
 
 
 def _taken_apart(table: pd.DataFrame) -> pd.DataFrame:
@@ -44,11 +59,28 @@ def _taken_apart(table: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     rows = frame.current(table)
     known = rows["breakdown"].map(lambda b: isinstance(b, Breakdown) and bool(b.stages_s))
-    return rows[(rows["status"] == "ok") & (rows["replicate"] == 0) & (rows["task"] == "speed") & known.astype(bool)]
+    return rows[
+        (rows["status"] == "ok") & (rows["replicate"] == 0) & (rows["task"] == "speed") & known.astype(bool) & rows["apart_s"].notna()
+    ]
+
+
+def _failed(table: pd.DataFrame, apart: pd.DataFrame) -> pd.DataFrame:
+    """Failed cells of the methods that were taken apart, at the lengths at which any was."""
+    rows = frame.current(table)
+    rows = rows[(rows["status"] != "ok") & (rows["replicate"] == 0) & (rows["task"] == "speed")]
+    place = ["suite", "device", "mode", *series.CONDITIONS]
+
+    def among(*more: str) -> Any:
+        return pd.MultiIndex.from_frame(rows[[*place, *more]]).isin(pd.MultiIndex.from_frame(apart[[*place, *more]]))
+
+    failed: pd.DataFrame = rows[among("label", "params") & among("n")]
+    return failed
 
 
 def data(table: pd.DataFrame) -> pd.DataFrame:
     """What is drawn, one row a stage of a cell, `launch gaps` the last: the timed call (`whole_ms`) less all stages.
+
+    The timed call is of the attempt that was taken apart. A failed cell has one row, without stage, at lengths of the others.
 
     `share` is of the timed call, or of the sum of stages where a profiler that slows operators down makes that larger: gaps are then
     negative and have share 0. `floor_ms` is the stage's roofline floor `max(FLOP / matmul rate, bytes / copy bandwidth)`.
@@ -57,28 +89,32 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
     if rows.empty:
         return pd.DataFrame()
     series.one_device(rows)
+    rows = pd.concat([rows, _failed(table, rows)])
     cells = rows.assign(series=series.labels(rows)).to_dict("records")
     found = [line for cell in cells for line in _lines({str(k): v for k, v in cell.items()})]
     ordered = sorted(found, key=lambda p: (series.family_rank(p["family"]), series.natural(str(p["series"])), p["panel"], p["n"]))
-    return pd.DataFrame(ordered)
+    return pd.DataFrame(ordered).astype(dict.fromkeys(_COUNTS, "Int64"))
 
 
 def _lines(cell: dict[str, Any]) -> list[dict[str, Any]]:
-    parts: Breakdown = cell["breakdown"]
-    whole = max(float(cell["time_s"]), parts.total_s)
     common = {
         "panel": cell["mode"], "family": str(series.family(cell["method"]) or "other"), "series": cell["series"], "label": cell["label"],
-        "params": cell["params"], "ran": cell["implementation"], "n": int(cell["n"]),
+        "params": cell["params"], "ran": cell["implementation"], "n": int(cell["n"]), "status": cell["status"],
     }  # fmt: skip
-    counts = {"launches": parts.launches, "kernels": parts.kernels, "synchronisations": parts.synchronisations}
+    if cell["status"] != "ok":
+        return [{**common, "stage": "", **dict.fromkeys(_NUMBERS, np.nan), **dict.fromkeys(_COUNTS)}]
+    parts: Breakdown = cell["breakdown"]
+    time_s = float(cell["apart_s"])
+    whole = max(time_s, parts.total_s)
+    counts = {name: getattr(parts, name) for name in _COUNTS}
     found = []
     for stage in sorted(parts.stages_s, key=rank):
         seconds, floor = parts.stages_s[stage], _floor(cell, parts, stage)
         found.append({**common, "stage": stage, "time_ms": seconds * 1e3, "share": seconds / whole,
                       "floor_ms": floor * 1e3, "floor_share": floor / whole})  # fmt: skip
-    gap = float(cell["time_s"]) - parts.total_s
+    gap = time_s - parts.total_s
     found.append({**common, "stage": GAPS, "time_ms": gap * 1e3, "share": max(0.0, gap) / whole, "floor_ms": np.nan, "floor_share": np.nan})
-    return [{**line, "whole_ms": float(cell["time_s"]) * 1e3, **counts} for line in found]
+    return [{**line, "whole_ms": time_s * 1e3, **counts} for line in found]
 
 
 def _floor(cell: dict[str, Any], parts: Breakdown, stage: str) -> float:
@@ -103,13 +139,14 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
 
 def _draw(drawn: pd.DataFrame, rows: pd.DataFrame, columns: int) -> Figure:
     names, lengths = list(dict.fromkeys(drawn["series"])), sorted(drawn["n"].unique())
-    stages = [*sorted(set(drawn["stage"]) - {GAPS}, key=rank), GAPS]
-    width, across = WIDTHS[columns], min(len(names), 2 if columns == 1 else min((5, 4), key=lambda a: -len(names) % a))
+    stages = [*_stages(drawn), GAPS]
+    wide, high = ((6, 5), (0.78, 0.55)) if len(names) > _MANY else ((5, 4), (0.85, 0.6))
+    width, across = WIDTHS[columns], min(len(names), 2 if columns == 1 else min(wide, key=lambda a: -len(names) % a))
     down = -(-len(names) // across)
     entries = [*stages, "roofline floor", "timed call"]
     per_line = _panel.legend_columns(entries, width)
     caption = wrapped(_caption(drawn, rows), width)
-    sizes = [0.125 * -(-len(entries) // per_line) + 0.06, *[0.85, 0.6] * down]
+    sizes = [0.125 * -(-len(entries) // per_line) + 0.06, *[*high] * down]
     figure = Figure(
         figsize=(width, sum(sizes) + 0.33 * down + 0.3 + 0.115 * (caption.count("\n") + 1)),
         layout=ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.02, hspace=0.0, wspace=0.02),
@@ -138,8 +175,11 @@ def _draw(drawn: pd.DataFrame, rows: pd.DataFrame, columns: int) -> Figure:
 
 def _shares(axes: Axes, part: pd.DataFrame, lengths: Sequence[int]) -> None:
     """Stacked bars at equal distances; in each segment its floor, from the segment's lower edge."""
-    for cell in (p for _, p in part.groupby("n")):
-        x, bottom = lengths.index(int(cell["n"].iloc[0])), 0.0
+    for x, n in enumerate(lengths):
+        cell, bottom = part[part["n"] == n], 0.0
+        if mark := _mark(cell):
+            axes.text(x, 0.06, mark, fontsize=5.5, fontweight="bold", ha="center")
+            continue
         for line in cell.to_dict("records"):
             axes.bar(x, line["share"], 0.8, bottom, **fill(line["stage"]))
             if line["floor_share"] > 0 and line["share"] >= _THIN:
@@ -152,13 +192,27 @@ def _shares(axes: Axes, part: pd.DataFrame, lengths: Sequence[int]) -> None:
     axes.tick_params(labelbottom=False, bottom=False)
 
 
+def _mark(cell: pd.DataFrame) -> str:
+    """What stands in place of a bar; empty where there is one."""
+    if cell.empty:
+        return _ABSENT
+    status = str(cell["status"].iloc[0])
+    return "" if status == "ok" else LETTERS.get(status, "?")
+
+
+def _stages(drawn: pd.DataFrame) -> list[str]:
+    """Stages of some rows in order, without launch gaps."""
+    return sorted(set(drawn.loc[drawn["status"] == "ok", "stage"]) - {GAPS}, key=rank)
+
+
 def _times(axes: Axes, part: pd.DataFrame, lengths: Sequence[int]) -> None:
-    """Lines of the stages, and the timed call in black."""
-    for stage in sorted(set(part["stage"]) - {GAPS}, key=rank):
+    """Lines of the stages, and the timed call in black rings."""
+    part = part[part["status"] == "ok"]
+    for stage in _stages(part):
         rows = part[part["stage"] == stage]
         axes.plot([lengths.index(n) for n in rows["n"]], rows["time_ms"], color=colour(stage), marker=".", markersize=2.5, linewidth=0.8)
     whole = part.drop_duplicates("n")
-    axes.plot([lengths.index(n) for n in whole["n"]], whole["whole_ms"], color="black", linewidth=1.1, zorder=1)
+    axes.plot([lengths.index(n) for n in whole["n"]], whole["whole_ms"], **_WHOLE)
     every = max(1, -(-len(lengths) // 5))
     axes.set_xticks(range(len(lengths)), [length(n) if i % every == 0 else "" for i, n in enumerate(lengths)])
     axes.set_xlim(-0.6, len(lengths) - 0.4)
@@ -168,24 +222,28 @@ def _limits(axes: Axes, drawn: pd.DataFrame) -> None:
     """One logarithmic axis of time for all panels."""
     values = pd.concat([drawn.loc[drawn["stage"] != GAPS, "time_ms"], drawn["whole_ms"]])
     axes.set_yscale("log")
-    axes.set_ylim(float(values[values > 0].min()) / 1.3, float(values.max()) * 1.3)
+    axes.set_ylim(float(values[values > 0].min()) / 1.3, float(values.max()) * 2)
     _panel.plain(axes.yaxis)
 
 
 def _counts(part: pd.DataFrame) -> str:
-    """Launches of a call and waits for the device, at the largest length of a series."""
-    last = part[part["n"] == part["n"].max()].iloc[0]
+    """Launches of a call and waits for the device, at the largest length at which a series was taken apart."""
+    last = part[part["status"] == "ok"].sort_values("n").iloc[-1]
     if pd.isna(last["synchronisations"]):
-        return f"{last['launches']} operators"
-    waits = int(last["synchronisations"])
-    return f"{last['launches']} launches, {waits} {'wait' if waits == 1 else 'waits'}"
+        return _count(last["launches"], "operator", "operators")
+    return f"{_count(last['launches'], 'launch', 'launches')}, {_count(last['synchronisations'], 'wait', 'waits')}"
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
 
 
 def _legend(axes: Axes, stages: Sequence[str], columns: int) -> None:
-    handles = [*(Patch(label=s, **fill(s)) for s in stages), Line2D([], [], label="roofline floor", **_FLOOR),
-               Line2D([], [], label="timed call", color="black", linewidth=1.1)]  # fmt: skip
+    handles: list[Any] = [Patch(**fill(s)) for s in stages]
+    handles += [(Patch(facecolor="#aaaaaa"), Line2D([], [], **_FLOOR)), Line2D([], [], **_WHOLE)]
     axes.axis("off")
-    axes.legend(handles=handles, loc="lower left", ncols=columns, handlelength=1.4).set_in_layout(False)
+    names = [*stages, "roofline floor", "timed call"]
+    axes.legend(handles, names, loc="lower left", ncols=columns, handlelength=2.2).set_in_layout(False)
 
 
 def _caption(drawn: pd.DataFrame, rows: pd.DataFrame) -> str:
@@ -195,6 +253,10 @@ def _caption(drawn: pd.DataFrame, rows: pd.DataFrame) -> str:
     )
     text += "launch gaps: the timed call less all stages. Bars: shares of the timed call; the mark in a segment is its roofline floor, "
     text += f"counted from the segment's lower edge, where it is {_THIN:.0%} or more of the call. "
-    text += "Titles count what one call launches at the largest length."
-    over = drawn[(drawn["stage"] == GAPS) & (drawn["time_ms"] < 0)]
-    return text + (" Where the stages add up to more than the timed call, shares are of their sum." if len(over) else "")
+    text += "Titles count what one call launches at the method's largest length."
+    if ((drawn["stage"] == GAPS) & (drawn["time_ms"] < 0)).any():
+        text += " Where the stages add up to more than the timed call, shares are of their sum."
+    marks = [failures(drawn, "Letters")]
+    if len(drawn[["series", "n"]].drop_duplicates()) < drawn["series"].nunique() * drawn["n"].nunique():
+        marks.append(f"{_ABSENT} not taken apart.")
+    return " ".join(part for part in (text, *marks, series.earlier(rows, "apart_s", "Timed and taken apart")) if part)
