@@ -118,8 +118,23 @@ def test_the_page_has_every_cell_with_its_status_and_every_plot_of_every_method(
     sources = [column for item in items for column in re.findall(r'\["method",(\[.*?\])\]', json.dumps(item, separators=(",", ":")))]
     drawn = {name for names in sources for name in json.loads(names)}
     assert drawn >= set(rows.loc[rows["status"] == "ok", "method"])
-    assert {"latency, forward", "memory, forward+backward", "fidelity, needle", "pareto, randn, N=1024"} <= set(page.data["figcaption"])
+    assert {"latency, forward", "memory, forward+backward", "fidelity, needle, N=1024", "pareto, randn, N=1024"} <= set(
+        page.data["figcaption"]
+    )
     assert json.loads(next(t for t in page.data["script"] if '"family"' in t))["mita"]["topology"] == "N-to-m"
+
+
+def test_a_single_length_is_a_row_a_method_the_best_first(tmp_path: Path) -> None:
+    pytest.importorskip("bokeh", reason="bokeh is an optional extra: pip install 'attnbench[report]'")
+    times = {"linear": 1e-3, "softmax@flash": 4e-3, "topk": 2e-3}
+    records = [*(synthetic.ok(synthetic.case(m), t) for m, t in times.items()), synthetic.failed(synthetic.case("softmax@math"), "oom")]
+    synthetic.write(tmp_path, "speed", records)
+    assert call("report", tmp_path, "--html", tmp_path / "page.html").exit_code == 0
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    plots = dict(zip(page.data["figcaption"], [unpacked(t) for t in page.data["script"] if t.startswith("eN")], strict=False))
+    latency = next(text for caption, text in plots.items() if caption.startswith("latency, forward, N="))
+    assert '"factors":["Softmax (math)","Softmax (flash)","Top-k","Linear"]' in latency, "from below"
+    assert '"out of memory"' in latency
 
 
 def test_the_summary_says_what_the_records_say(results: Path) -> None:

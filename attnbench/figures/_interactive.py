@@ -15,8 +15,10 @@ from attnbench.figures import _interactive_trained, curves, swap_in
 from attnbench.figures._bokeh import columns, figure, floats, hover, source, tone
 from attnbench.figures._earned import Against
 from attnbench.figures._facets import Facets
+from attnbench.figures._interactive_dots import dots
 from attnbench.figures._multiples import BASELINE as BEST
 from attnbench.figures._panel import Across
+from attnbench.figures._ranked import fits
 from attnbench.figures._routed import Routed
 from attnbench.figures._stages import GAPS, colour
 from attnbench.figures._style import BASELINE, COLOURS, WORDS, length
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
     from attnbench.metrics import Metric
 
 LENGTHS = Across().label
-_FIRST = ("latency", "throughput", "memory", "efficiency", "fidelity", "recall", "pareto", "equal_width", "anatomy",
+_FIRST = ("latency", "throughput", "memory", "efficiency", "fidelity", "recall", "pareto", "equal_width", "energy", "anatomy",
           "accuracy", "accuracy_time", "accuracy_memory", "curves", "swap_in", "swap_heat", "pruned", "pruned_length")  # fmt: skip
 """Figures in the order in which a reader asks; others follow."""
 _TRAINED = {
@@ -39,7 +41,7 @@ _TRAINED = {
     "swap_in": (Across(swap_in.LABEL), METRICS["accuracy"]),
 }
 """Figure of trained accuracy -> what its lines run along, and the value axis."""
-_BARS = 60
+_BARS = 100
 """Bars of a cost anatomy in one plot, at most; the longest lengths are kept."""
 
 
@@ -117,6 +119,8 @@ def _drawn(name: str, data: pd.DataFrame, facets: object) -> Iterator[tuple[str,
             yield from ((f"{words}, {s} in {panel}", _interactive_trained.heat(own)) for s, own in part.groupby("series", sort=True))
     elif "kept" in data.columns:
         yield from ((f"{words}, {title}", plot) for title, plot in _interactive_trained.maps(data))
+    elif isinstance(facets, Facets) and fits(data):
+        yield from ((f"{words}, {panel}, N={part['n'].iloc[0]}", dots(part, METRICS[facets.metric])) for panel, part in _panels(data))
     elif (axes := _axes(name, facets)) is not None:
         along, metric = axes
         for panel, part in _panels(data):
@@ -211,6 +215,7 @@ def _bars(data: pd.DataFrame) -> Any:
     """Shares of the stages of a call: a bar a method and length."""
     from bokeh.models import FactorRange, Legend
 
+    data = data[data["status"] == "ok"]
     data = data.assign(method=[str(label).partition("@")[0] for label in data["label"]])
     data = data.assign(bar=[f"{s}, N={n}" for s, n in zip(data["series"], data["n"], strict=True)])
     bars = list(dict.fromkeys(data.sort_values("n", ascending=False, kind="stable")["bar"]))[:_BARS]

@@ -111,7 +111,7 @@ def _select(name: str, values: Iterable[str]) -> str:
 def _figures(plots: Sequence[Plot], told: tuple[str, str]) -> Iterable[str]:
     """Section by section, the one `told` of in the summary first and open, other conditions of its suite after it."""
     yield '<section id="figures"><h2>Figures</h2><p class="hint">Drag to zoom, point at a mark to read it. Crosses above the lines '
-    yield "are cells that failed; a grey band is the noise floor. Filters by method act on plots and table.</p>"
+    yield "or at the left of a row are cells that failed; a grey band is the noise floor. Filters by method act on plots and table.</p>"
     yield "<noscript><p>Plots and commands need JavaScript, the tables below do not.</p></noscript>"
     whole, suite = ": ".join(told), f"{told[0]}: "
     sections = sorted(dict.fromkeys(plot.section for plot in plots), key=lambda s: (s != whole, not s.startswith(suite)))
