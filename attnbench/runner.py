@@ -153,15 +153,19 @@ class _Sweep:
 
     def _settled(self, *, retry: bool) -> dict[str, Record]:
         """What earlier runs need not have done again, by case."""
-        settled = store.done(self.target.records(), self.env_id, self.suite.protocol.timeout_s)
+        tried = [r for r in self.target.records() if r.env_id == self.env_id]
+        settled = store.done(tried, self.env_id, self.suite.protocol.timeout_s)
         if retry:
             settled = {key: r for key, r in settled.items() if r.status not in _TOO_LARGE}
         if self.suite.protocol.timed and self.suite.task != TRAINED:
             settled = {key: r for key, r in settled.items() if r.timing or r.status is not Status.OK}
+        # an attempt that asked for less takes nothing away from an earlier one: see `frame.load`
         if self.suite.protocol.breakdown:
-            settled = {key: r for key, r in settled.items() if r.breakdown or r.status is not Status.OK}
+            apart = {(r.case, r.implementation) for r in tried if r.breakdown}
+            settled = {key: r for key, r in settled.items() if (r.case, r.implementation) in apart or r.status is not Status.OK}
         if self.suite.protocol.energy:
-            settled = {key: r for key, r in settled.items() if r.energy or r.status is not Status.OK or _unmetered(r)}
+            metered = {(r.case, r.implementation) for r in tried if r.energy or _unmetered(r)}
+            settled = {key: r for key, r in settled.items() if (r.case, r.implementation) in metered or r.status is not Status.OK}
         return settled
 
     def _left(self, settled: Mapping[str, Record]) -> list[Case]:

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from threading import Timer
 from typing import TYPE_CHECKING, Any
@@ -135,6 +136,31 @@ def test_a_single_length_is_a_row_a_method_the_best_first(tmp_path: Path) -> Non
     latency = next(text for caption, text in plots.items() if caption.startswith("latency, forward, N="))
     assert '"factors":["Softmax (math)","Softmax (flash)","Top-k","Linear"]' in latency, "from below"
     assert '"out of memory"' in latency
+
+
+def test_crossovers_and_equal_width_without_clocks_are_rows_too(tmp_path: Path) -> None:
+    pytest.importorskip("bokeh", reason="bokeh is an optional extra: pip install 'attnbench[report]'")
+    cell = synthetic.case("mita", {"landmarks": 32, "topk": 32}, task="fidelity")
+    wide = [("softmax", {}, 1e-3, ()), ("linear", {}, 0.9, ()), ("mita", {"landmarks": 32, "topk": 32}, 0.5, (64,)),
+            ("mita", {"landmarks": 64, "topk": 64}, 0.25, (128,))]  # fmt: skip
+    records = [
+        replace(
+            synthetic.ok(replace(cell, method=m, params=tuple(p.items())), 1.0, metrics={"rel_error": e, "width": 64.0}, budget=b),
+            timing=None,
+        )
+        for m, p, e, b in wide
+    ]
+    synthetic.write(tmp_path, "equal-width", records)
+    synthetic.write(tmp_path, "speed", synthetic.speed(LENGTHS))
+    assert call("report", tmp_path, "--html", tmp_path / "page.html").exit_code == 0
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    plots = dict(zip(page.data["figcaption"], [unpacked(t) for t in page.data["script"] if t.startswith("eN")], strict=False))
+    width = next(text for caption, text in plots.items() if caption.startswith("equal width, randn, N="))
+    assert '"factors":["Linear","MiTA"]' in width, "the closest at the top, and no exact method"
+    assert '"128 units"' in width
+    crossing = next(text for caption, text in plots.items() if caption == "crossover, forward")
+    assert "faster than Softmax (cudnn) from N =" in crossing
+    assert '"never in range"' in crossing
 
 
 def test_the_summary_says_what_the_records_say(results: Path) -> None:

@@ -208,3 +208,10 @@ class Stopping:
     def wait(self) -> list[Record]:
         case, self.case = self.case, None
         return [Record(case, Status.TIMEOUT, "", limit_s=1.0, kept_steps=self.kept)]
+
+
+def test_an_attempt_that_asks_for_less_has_nothing_taken_apart_again(tmp_path: Path) -> None:
+    whole = suite("softmax", protocol=replace(QUICK, breakdown=True))
+    assert [bool(r.breakdown) for r in sweep(whole, tmp_path).records] == [True]
+    sweep(suite("softmax"), tmp_path)
+    assert sweep(whole, tmp_path, resume=True).resumed == 1

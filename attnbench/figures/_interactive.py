@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import figures, series
 from attnbench.errors import UserError
-from attnbench.figures import _interactive_trained, curves, swap_in
+from attnbench.figures import _interactive_trained, crossover, curves, equal_width, swap_in
 from attnbench.figures._bokeh import columns, figure, floats, hover, source, tone
 from attnbench.figures._earned import Against
 from attnbench.figures._facets import Facets
 from attnbench.figures._interactive_dots import dots
+from attnbench.figures._interactive_rows import in_rows
 from attnbench.figures._multiples import BASELINE as BEST
 from attnbench.figures._panel import Across
 from attnbench.figures._ranked import fits
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from attnbench.metrics import Metric
 
 LENGTHS = Across().label
-_FIRST = ("latency", "throughput", "memory", "efficiency", "fidelity", "recall", "pareto", "equal_width", "energy", "anatomy",
+_FIRST = ("latency", "throughput", "memory", "efficiency", "fidelity", "recall", "pareto", "equal_width", "crossover", "energy", "anatomy",
           "accuracy", "accuracy_time", "accuracy_memory", "curves", "swap_in", "swap_heat", "pruned", "pruned_length")  # fmt: skip
 """Figures in the order in which a reader asks; others follow."""
 _TRAINED = {
@@ -127,6 +128,8 @@ def _drawn(name: str, data: pd.DataFrame, facets: object) -> Iterator[tuple[str,
             yield f"{words}, {panel}", _lines(part, along.label, metric.axis, metric.scale, powers=along.powers, many=along.curves)
     elif {"stage", "share"} <= set(data.columns):
         yield from ((f"{words}, {panel}", _bars(part)) for panel, part in _panels(data))
+    elif name == crossover.NAME or (name == equal_width.NAME and not equal_width.timed(data)):
+        yield from ((f"{words}, {title}", plot) for title, plot in in_rows(data))
     elif {"time_ms", "rel_error"} <= set(data.columns):
         for panel, whole in _panels(data, "panel" if "panel" in data else "profile"):
             yield from ((f"{words}, {panel}, N={n}", _points(part)) for n, part in whole.groupby("n", sort=True))
