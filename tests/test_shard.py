@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -14,8 +20,6 @@ from attnbench.shard import Shard
 from attnbench.suite_file import load
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from attnbench.case import Case
 
 
@@ -58,3 +62,19 @@ def test_merged_parts_are_the_whole(suite: Path, tmp_path: Path) -> None:
     assert len({r.case.case_id for r in merged}) == len(merged) == 8
     again = call(*words, "--resume", "--results", tmp_path / "all")
     assert "8 settled before" in again.stderr, "an undivided run knows the cells of the parts"
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="job scripts are written for bash")
+def test_the_job_array_of_the_readme_runs(suite: Path, tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```bash\n(#!.*?)```", readme, re.DOTALL)
+    (merge,) = re.findall(r"`attnbench (merge .*?)`", readme)
+    (tmp_path / "job.sh").write_text(script.replace("run speed", f"run {suite} --device cpu --quiet"), encoding="utf-8")
+    for i in ("1", "2"):
+        jobs = {"SLURM_ARRAY_TASK_ID": i, "SLURM_ARRAY_TASK_COUNT": "2", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+        subprocess.run(["bash", "-eu", "job.sh"], cwd=tmp_path, env={**os.environ, **jobs}, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        ["bash", "-eu", "-c", f"attnbench {merge}"], cwd=tmp_path, env={**os.environ, "PATH": jobs["PATH"]}, check=True, timeout=60
+    )
+    (file,) = store.find(tmp_path / "results")
+    assert len(store.read(file).records) == 8
