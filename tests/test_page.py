@@ -71,6 +71,13 @@ def unpacked(text: str) -> str:
     return zlib.decompress(base64.b64decode(text)).decode()
 
 
+def plots_of(results: Path) -> dict[str, str]:
+    """Plots of the page of a results folder, by their captions."""
+    assert call("report", results, "--html", results / "page.html").exit_code == 0
+    page = Page((results / "page.html").read_text(encoding="utf-8"))
+    return dict(zip(page.data["figcaption"], [unpacked(t) for t in page.data["script"] if t.startswith("eN")], strict=False))
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
@@ -130,9 +137,7 @@ def test_a_single_length_is_a_row_a_method_the_best_first(tmp_path: Path) -> Non
     times = {"linear": 1e-3, "softmax@flash": 4e-3, "topk": 2e-3}
     records = [*(synthetic.ok(synthetic.case(m), t) for m, t in times.items()), synthetic.failed(synthetic.case("softmax@math"), "oom")]
     synthetic.write(tmp_path, "speed", records)
-    assert call("report", tmp_path, "--html", tmp_path / "page.html").exit_code == 0
-    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
-    plots = dict(zip(page.data["figcaption"], [unpacked(t) for t in page.data["script"] if t.startswith("eN")], strict=False))
+    plots = plots_of(tmp_path)
     latency = next(text for caption, text in plots.items() if caption.startswith("latency, forward, N="))
     assert '"factors":["Softmax (math)","Softmax (flash)","Top-k","Linear"]' in latency, "from below"
     assert '"out of memory"' in latency
@@ -152,9 +157,7 @@ def test_crossovers_and_equal_width_without_clocks_are_rows_too(tmp_path: Path) 
     ]
     synthetic.write(tmp_path, "equal-width", records)
     synthetic.write(tmp_path, "speed", synthetic.speed(LENGTHS))
-    assert call("report", tmp_path, "--html", tmp_path / "page.html").exit_code == 0
-    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
-    plots = dict(zip(page.data["figcaption"], [unpacked(t) for t in page.data["script"] if t.startswith("eN")], strict=False))
+    plots = plots_of(tmp_path)
     width = next(text for caption, text in plots.items() if caption.startswith("equal width, randn, N="))
     assert '"factors":["Linear","MiTA"]' in width, "the closest at the top, and no exact method"
     assert '"128 units"' in width
