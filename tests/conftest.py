@@ -1,6 +1,7 @@
 """Settings of all tests."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():  # read when Triton, which torch's counter of FLOP imports, decorates its own functions
     os.environ["TRITON_INTERPRET"] = "1"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job ignores Ctrl-C, and so would what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # a busy machine is no failure: how long an example takes is not what these tests are about
 settings.register_profile("attnbench", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -41,6 +41,8 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
         found = crossover.find(table, against)
     except UserError:  # nothing beside the baseline
         return pd.DataFrame()
+    if not any(one.longest for one in found):  # no length at which both were timed
+        return pd.DataFrame()
     rows = rows.assign(series=series.labels(rows))
     labels = dict(zip(rows["series"], rows["label"], strict=True))
     return pd.DataFrame([_row(one, labels[one.series]) for one in found])
