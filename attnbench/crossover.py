@@ -84,11 +84,13 @@ class Crossover:
     def _answer(self, better: str) -> str:
         if self.length is None:
             return str(self.answer)
-        low, at, high = (round(n) for n in self.length)
+        low, at, high = (round(n) if math.isfinite(n) else n for n in self.length)
         if high <= (self.shortest or 0):
             return f"{better} throughout, from N={high} or less"
         at_most = "" if at > (self.shortest or 0) else " at most"
-        return f"{better} from{at_most} N={at}" + (f" (95% interval {low} to {high})" if low < high else "")
+        return f"{better} from{at_most} N={at}" + (
+            f" (95% interval {low} to {high if math.isfinite(high) else 'beyond the range'})" if low < high else ""
+        )
 
 
 def _json(values: Mapping[str, Any]) -> dict[str, Any]:

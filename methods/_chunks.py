@@ -18,7 +18,7 @@ _BUDGET_BYTES = {"cuda": 1 << 30, "cpu": 1 << 26}
 
 def rows_per_chunk(x: Tensor, bytes_per_row: int) -> int:
     """Queries (at least 1) whose intermediates fit the budget of the device of `x`."""
-    return max(1, _BUDGET_BYTES[x.device.type] // max(1, bytes_per_row))
+    return max(1, _BUDGET_BYTES.get(x.device.type, _BUDGET_BYTES["cpu"]) // max(1, bytes_per_row))
 
 
 def row_chunks(x: Tensor, bytes_per_row: int) -> Iterator[slice]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from attnbench import series
-from attnbench.figures import _rungs, equal_width
+from attnbench.figures import _rungs, crossover, equal_width
 from attnbench.figures._bokeh import columns, figure, hover, source
 from attnbench.metrics import METRICS
 
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
 def in_rows(data: pd.DataFrame) -> Iterator[tuple[str, Any]]:
     """Titles and plots of what `crossover.data` gives, or `equal_width.data` without times."""
     if "answer" in data:
-        yield from ((mode, crossings(data[data["panel"] == mode])) for mode in series.panel_order(data["panel"].unique()))
+        timed = data[data.groupby("panel")["shortest"].transform("count") > 0]
+        yield from ((mode, crossings(timed[timed["panel"] == mode])) for mode in series.panel_order(timed["panel"].unique()))
         return
     for profile in series.panel_order(data["profile"].unique()):
-        whole = data[(data["profile"] == profile) & ~data["exact"]]
-        yield from ((f"{profile}, N={n}", rungs(part)) for n, part in whole.groupby("n", sort=True))
+        whole = data[(data["profile"] == profile) & ~data["exact"] & (data["rel_error"] > 0)]
+        budgets = sorted(int(b) for b in data["budget"].unique() if b != equal_width.FIXED)
+        yield from ((f"{profile}, N={n}", rungs(part, budgets)) for n, part in whole.groupby("n", sort=True))
 
 
-def rungs(data: pd.DataFrame) -> Any:
+def rungs(data: pd.DataFrame, budgets: Sequence[int]) -> Any:
     """A row a method with a point a budget, of rows of `attnbench.figures.equal_width.data` of one panel and one length."""
     axis = METRICS["rel_error"].axis
     best = data.groupby("series")["rel_error"].min().sort_values()
     plot = _rows(axis, best.index.tolist(), (float(data["rel_error"].min()) / 1.3, float(data["rel_error"].max()) * 1.3))
     told = [f"{budget} units" for budget in data["budget"]]
-    budgets = sorted(int(b) for b in data["budget"].unique() if b != equal_width.FIXED)
     sizes = [2.0 * _rungs.size(b, budgets, equal_width.FIXED) for b in data["budget"]]
     drawn = source(columns(data, "rel_error", "width", bar=data["series"].tolist(), told=told, size=sizes))
     spots = plot.scatter("rel_error", "bar", size="size", color="color", marker="marker", hover_line_color="black", source=drawn)
@@ -40,19 +41,23 @@ def rungs(data: pd.DataFrame) -> Any:
 
 
 def crossings(data: pd.DataFrame) -> Any:
-    """A row a method: the length from which on it is faster and its interval, of rows of `attnbench.figures.crossover.data` of one mode."""
+    """A row a method: the length from which on it is faster and its interval, of rows of `attnbench.figures.crossover.data` of one mode.
+
+    Where there is no such length the answer is written at the end of the range.
+    """
     data = data.sort_values("n", na_position="last", kind="stable")
-    lengths = data[["shortest", "longest"]].min().iloc[0], data[["shortest", "longest"]].max().iloc[1]
-    plot = _rows(f"faster than {data['baseline'].iloc[0]} from N =", data["series"].tolist(), (lengths[0] / 1.2, lengths[1] * 1.2))
+    ends = float(data["shortest"].min()) / 1.2, float(data["longest"].max()) * 1.2
+    plot = _rows(f"faster than {crossover.baseline(data)} from N =", data["series"].tolist(), ends)
     good, others = data[data["n"].notna()], data[data["n"].isna()]
-    drawn = source(columns(good, "n", "low", "high", bar=good["series"].tolist()))
+    good = good.assign(high=good["high"].clip(upper=ends[1]))
+    told = [f"{'at most ' if n <= s else ''}{n:.0f}" for n, s in zip(good["n"], good["shortest"], strict=True)]
+    drawn = source(columns(good, "n", "low", "high", bar=good["series"].tolist(), told=told))
     plot.segment("low", "bar", "high", "bar", color="color", line_width=2, alpha=0.6, source=drawn)
     spots = plot.scatter("n", "bar", size=9, color="color", marker="marker", hover_line_color="black", source=drawn)
-    hover(plot, spots, ("method", "@bar"), ("faster from N =", "@n{0}"), ("95% interval", "@low{0} to @high{0}"))
+    hover(plot, spots, ("method", "@bar"), ("faster from N =", "@told"), ("95% interval", "@low{0} to @high{0}"))
     if len(others):
-        edge = columns(others, bar=others["series"].tolist(), x=[float(lengths[1])] * len(others), why=others["answer"].tolist())
-        marks = plot.scatter("x", "bar", size=9, marker="x", color="color", line_width=2, source=source(edge))
-        hover(plot, marks, ("method", "@bar"), ("faster", "@why"))
+        edge = columns(others, bar=others["series"].tolist(), x=[ends[1] / 1.1] * len(others), why=others["answer"].tolist())
+        plot.text("x", "bar", text="why", text_align="right", text_baseline="middle", text_font_size="8pt", source=source(edge))
     return plot
 
 

@@ -35,6 +35,20 @@ def names(block: pd.DataFrame) -> list[str]:
     ]
 
 
+def by_family(drawn: pd.DataFrame) -> list[str]:
+    """Names of all series of the columns `series` and `family`, families together, wherever they are first drawn."""
+    families = dict(zip(drawn["series"].astype(str), drawn["family"].astype(str), strict=True))
+    return sorted(families, key=lambda name: (series.family_rank(families[name]), series.natural(name)))
+
+
+def rules(axes: Axes, order: Sequence[str], drawn: pd.DataFrame) -> None:
+    """A line between rows of different families, which are those of the whole figure."""
+    families = dict(zip(drawn["series"], drawn["family"], strict=True))
+    for y in range(1, len(order)):
+        if families[order[y]] != families[order[y - 1]]:
+            axes.axhline(y - 0.5, color="#bbbbbb", linewidth=0.4, zorder=0)
+
+
 def legend_columns(entries: Sequence[str], width_in: float) -> int:
     """How many legend entries fit side by side."""
     longest = max(len(name) for name in entries) * 0.046 + 0.45

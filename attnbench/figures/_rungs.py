@@ -38,20 +38,22 @@ def draw(drawn: pd.DataFrame, caption: str, columns: int, fixed: str) -> Figure:
         fixed: what stands in `budget` where a method reads what its shape gives it.
     """
     own = drawn[~drawn["exact"]]
-    order = list(dict.fromkeys(own["series"]))  # families together, as `data` sorts them
+    order = _panel.by_family(own)
     profiles, lengths = series.panel_order(drawn["profile"].unique()), sorted(drawn["n"].unique())
     caption = wrapped(caption, WIDTHS[columns])
     height = len(profiles) * (_ROW_IN * (len(order) + 1) + 0.25) + 0.75 + 0.115 * (caption.count("\n") + 1)
     figure = Figure(figsize=(WIDTHS[columns], height), layout="constrained")
     grid = figure.subplots(len(profiles), len(lengths), sharex=True, sharey=True, squeeze=False)
     number = variants([{str(k): v for k, v in row.items()} for row in own.to_dict("records")])
-    styles = {str(p["series"]): look(str(p["label"]), number[str(p["series"])]) for p in own.to_dict("records")}
+    labels = dict(zip(own["series"], own["label"], strict=True))
+    styles = {name: look(str(labels[name]), number[name]) for name in order}
     budgets = sorted(b for b in own["budget"].unique() if b != fixed)
     for i, profile in enumerate(profiles):
         for j, n in enumerate(lengths):
             axes = grid[i, j]
             part = drawn[(drawn["profile"] == profile) & (drawn["n"] == n)]
             _fill(axes, part, styles, lambda b: size(b, budgets, fixed))
+            _panel.rules(axes, order, own)
             axes.set_title(f"{profile}, N={length(n)}", pad=3, fontweight="bold")
     first = grid.flat[0]
     first.set_xscale("log")
@@ -69,11 +71,8 @@ def draw(drawn: pd.DataFrame, caption: str, columns: int, fixed: str) -> Figure:
 
 def _fill(axes: Axes, part: pd.DataFrame, styles: Mapping[str, dict[str, Any]], size_of: Callable[[Any], float]) -> None:
     """The points of a panel, a row a series in the order of `styles`, and a line where the exact method's own rounding is."""
-    families, above = dict(zip(part["series"], part["family"], strict=True)), None
     for y, (name, style) in enumerate(styles.items()):
-        if y and families.get(name) != above:
-            axes.axhline(y - 0.5, color="#bbbbbb", linewidth=0.4, zorder=0)
-        above, points = families.get(name), part[part["series"] == name]
+        points = part[part["series"] == name]
         axes.plot(points["rel_error"], [y] * len(points), color=style["color"], linewidth=0.7, alpha=0.6, zorder=2)
         for point in points.to_dict("records"):
             scaled = style["markersize"] / 3.8 * size_of(point["budget"])

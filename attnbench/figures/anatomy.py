@@ -253,7 +253,7 @@ def _caption(drawn: pd.DataFrame, rows: pd.DataFrame) -> str:
     )
     text += "launch gaps: the timed call less all stages. Bars: shares of the timed call; the mark in a segment is its roofline floor, "
     text += f"counted from the segment's lower edge, where it is {_THIN:.0%} or more of the call. "
-    text += "Titles count what one call launches at the method's largest length."
+    text += "Titles count what one call launches at the largest length at which it was taken apart."
     if ((drawn["stage"] == GAPS) & (drawn["time_ms"] < 0)).any():
         text += " Where the stages add up to more than the timed call, shares are of their sum."
     marks = [failures(drawn, "Letters")]

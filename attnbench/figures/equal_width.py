@@ -129,11 +129,12 @@ def _draw(drawn: pd.DataFrame, table: pd.DataFrame, columns: int) -> Figure:
     marks = [(name, {**style, "linestyle": "none"}) for name, style in entries.items()]
     _panel.legend(figure.add_subplot(grid[0, :]), "", marks, width)
     placed: list[tuple[Axes, pd.DataFrame]] = []
+    budgets = sorted(b for b in drawn["budget"].unique() if b != FIXED)
     for i, profile in enumerate(profiles):
         for j, n in enumerate(lengths):
             axes = figure.add_subplot(grid[1 + i, j], sharey=placed[0][0] if placed else None, sharex=placed[j][0] if i else None)
             part = drawn[(drawn["profile"] == profile) & (drawn["n"] == n)]
-            _panel_of(axes, part, entries)
+            _panel_of(axes, part, entries, budgets)
             axes.set_title(f"{profile}, N={length(n)}", pad=3, fontweight="bold")
             axes.tick_params(labelleft=j == 0)
             axes.set_xlabel("time per call (ms)" if i == len(profiles) - 1 else "")
@@ -149,10 +150,9 @@ def _draw(drawn: pd.DataFrame, table: pd.DataFrame, columns: int) -> Figure:
     return figure
 
 
-def _panel_of(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]) -> None:
+def _panel_of(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]], budgets: list[int]) -> None:
     """A line through the budgets of each method, larger markers for larger ones; a line across for the best exact time."""
     axes.set(xscale="log", yscale="log")
-    budgets = sorted(b for b in part["budget"].unique() if b != FIXED)
     for name, points in part[~part["exact"]].groupby("series", sort=False):
         style = entries[str(name)]
         axes.plot(points["time_ms"], points["rel_error"], color=style["color"], linewidth=0.7, alpha=0.6, zorder=2)
@@ -172,9 +172,13 @@ def _name(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]) ->
 
 
 def _off(drawn: pd.DataFrame) -> str:
-    """Widths that a method could not bring near the budget, as counted."""
-    points = [p for p in drawn[drawn["budget"] != FIXED].to_dict("records") if abs(p["width"] - p["budget"]) > _NEAR * p["budget"]]
-    found = dict.fromkeys(f"{p['series']} {p['width']:.0f} for {p['budget']} at N={length(p['n'])}" for p in points)
+    """Widths that a method could not bring near the budget, as counted; with the profiles, where it is not on all."""
+    profiles: dict[str, list[str]] = {}
+    for p in drawn[drawn["budget"] != FIXED].to_dict("records"):
+        if abs(p["width"] - p["budget"]) > _NEAR * p["budget"]:
+            profiles.setdefault(f"{p['series']} {p['width']:.0f} for {p['budget']} at N={length(p['n'])}", []).append(str(p["profile"]))
+    every = drawn["profile"].nunique()
+    found = [text if len(where) == every else f"{text} ({', '.join(where)})" for text, where in profiles.items()]
     return f"Further than {_NEAR:.0%} from the budget: {', '.join(found)}." if found else ""
 
 
