@@ -8,9 +8,7 @@ import pandas as pd
 import pytest
 import synthetic
 from disk_support import file_size_limit
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from PIL import Image
 
 from attnbench import figures, frame, registry, series, stats
 from attnbench.errors import UserError
@@ -227,7 +225,6 @@ def test_implementations_share_marker_and_colour_and_differ_otherwise():
 
 
 def test_names_keep_clear_of_points_and_of_each_other():
-    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4, 3))
     axes = figure.add_subplot()
@@ -244,7 +241,6 @@ def test_names_keep_clear_of_points_and_of_each_other():
 
 
 def test_wide_names_do_not_touch():
-    from matplotlib.figure import Figure
     from matplotlib.text import Text
 
     figure = Figure(figsize=(4, 3))
@@ -275,7 +271,6 @@ def test_lines_to_names_cross_neither_points_nor_names():
     ("low", "high", "ticks"), [(0.7, 1.2, ["0.7", "0.8", "0.9", "1"]), (0.7, 6, ["1", "2", "5"]), (0.7, 200, ["1", "10", "100"])]
 )
 def test_narrow_axes_have_ticks(low, high, ticks):
-    from matplotlib.figure import Figure
 
     from attnbench.figures import _panel
 
@@ -363,18 +358,3 @@ def test_nothing_measured_is_said(tmp_path):
         figures.draw_all(table, tmp_path / "f")
     with pytest.raises(UserError, match="nothing to draw"):
         figures.draw_all(pd.DataFrame(), tmp_path / "f")
-
-
-def test_pixels_keep_the_colours_of_all_families(tmp_path):
-    """Beside the shades of a picture with many: a palette may drop what is rare."""
-    figure = Figure(figsize=(7, 5))
-    axes = figure.subplots()
-    axes.imshow(np.linspace(0, 1, 400).reshape(20, 20), cmap="viridis")
-    for i, colour in enumerate(_style.COLOURS.values()):
-        axes.plot([2 * i], [-3], marker="o", markersize=4, color=colour)
-    axes.set_ylim(20, -5)
-    (path,) = figures.write(figure, pd.DataFrame(), tmp_path / "x", (".png",))
-    seen = np.asarray(Image.open(path).convert("RGB"), dtype=int).reshape(-1, 3)
-    for family, colour in _style.COLOURS.items():
-        off = np.abs(seen - np.round(255 * np.array(to_rgb(colour)))).max(1).min()
-        assert off <= 8, (family, off)

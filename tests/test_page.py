@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import shutil
 import subprocess
-import zlib
-from dataclasses import replace
-from html.parser import HTMLParser
 from threading import Timer
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +13,7 @@ import pytest
 import synthetic
 import synthetic_trained
 from cli_support import call
+from page_support import Page, unpacked
 
 from attnbench import frame, series, store
 from attnbench.page import joined
@@ -29,53 +26,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LENGTHS = [1024, 16384, 262144]
-VOID = {"meta", "link", "input", "br"}
 CHROME = next((path for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (path := shutil.which(name))), None)
-
-
-class Page(HTMLParser):
-    """Holds that elements are closed in order, and keeps what tests ask for."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.rows: list[dict[str, str | None]] = []
-        self.fetched: list[str] = []
-        self.data: dict[str, list[str]] = {}
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "tr" and "data-method" in values:
-            self.rows.append(values)
-        self.fetched += [str(v) for k, v in attrs if k in ("src", "srcset", "data", "action", "poster") or (k == "href" and tag != "a")]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open, tag
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.data.setdefault(self.open[-1] if self.open else "", []).append(data)
 
 
 def table(tmp_path: Path, *parts: Sequence[Any]) -> pd.DataFrame:
     for i, records in enumerate(parts):
         synthetic.write(tmp_path, ("speed", "fidelity")[i], records)
     return frame.load(tmp_path)[0]
-
-
-def unpacked(text: str) -> str:
-    return zlib.decompress(base64.b64decode(text)).decode()
-
-
-def plots_of(results: Path) -> dict[str, str]:
-    """Plots of the page of a results folder, by their captions."""
-    assert call("report", results, "--html", results / "page.html").exit_code == 0
-    page = Page((results / "page.html").read_text(encoding="utf-8"))
-    return dict(zip(page.data["figcaption"], [unpacked(t) for t in page.data["script"] if t.startswith("eN")], strict=False))
 
 
 @pytest.fixture(scope="module")
@@ -130,40 +87,6 @@ def test_the_page_has_every_cell_with_its_status_and_every_plot_of_every_method(
         page.data["figcaption"]
     )
     assert json.loads(next(t for t in page.data["script"] if '"family"' in t))["mita"]["topology"] == "N-to-m"
-
-
-def test_a_single_length_is_a_row_a_method_the_best_first(tmp_path: Path) -> None:
-    pytest.importorskip("bokeh", reason="bokeh is an optional extra: pip install 'attnbench[report]'")
-    times = {"linear": 1e-3, "softmax@flash": 4e-3, "topk": 2e-3}
-    records = [*(synthetic.ok(synthetic.case(m), t) for m, t in times.items()), synthetic.failed(synthetic.case("softmax@math"), "oom")]
-    synthetic.write(tmp_path, "speed", records)
-    plots = plots_of(tmp_path)
-    latency = next(text for caption, text in plots.items() if caption.startswith("latency, forward, N="))
-    assert '"factors":["Softmax (math)","Softmax (flash)","Top-k","Linear"]' in latency, "from below"
-    assert '"out of memory"' in latency
-
-
-def test_crossovers_and_equal_width_without_clocks_are_rows_too(tmp_path: Path) -> None:
-    pytest.importorskip("bokeh", reason="bokeh is an optional extra: pip install 'attnbench[report]'")
-    cell = synthetic.case("mita", {"landmarks": 32, "topk": 32}, task="fidelity")
-    wide = [("softmax", {}, 1e-3, ()), ("linear", {}, 0.9, ()), ("mita", {"landmarks": 32, "topk": 32}, 0.5, (64,)),
-            ("mita", {"landmarks": 64, "topk": 64}, 0.25, (128,))]  # fmt: skip
-    records = [
-        replace(
-            synthetic.ok(replace(cell, method=m, params=tuple(p.items())), 1.0, metrics={"rel_error": e, "width": 64.0}, budget=b),
-            timing=None,
-        )
-        for m, p, e, b in wide
-    ]
-    synthetic.write(tmp_path, "equal-width", records)
-    synthetic.write(tmp_path, "speed", synthetic.speed(LENGTHS))
-    plots = plots_of(tmp_path)
-    width = next(text for caption, text in plots.items() if caption.startswith("equal width, randn, N="))
-    assert '"factors":["Linear","MiTA"]' in width, "the closest at the top, and no exact method"
-    assert '"128 units"' in width
-    crossing = next(text for caption, text in plots.items() if caption == "crossover, forward")
-    assert "faster than Softmax (cudnn) from N =" in crossing
-    assert '"never in range"' in crossing
 
 
 def test_the_summary_says_what_the_records_say(results: Path) -> None:

@@ -48,8 +48,7 @@ def draw(drawn: pd.DataFrame, caption: str, metric: Metric, columns: int) -> Fig
             axes.set_title(panels[i], pad=3, fontweight="bold")
             axes.tick_params(labelbottom=i + across >= len(panels))
     _values(grid.flat[0], drawn[drawn["kind"] != "exact"], metric)
-    grid.flat[0].set_yticks(range(len(order)), order)
-    grid.flat[0].set_ylim(len(order) - 0.5, -0.5)
+    _panel.row_axis(grid.flat[0], order)
     figure.suptitle(f"{metric.axis}, N={length(int(drawn['n'].iloc[0]))}", fontsize=7)
     figure.supxlabel(caption, fontsize=5.5, color="#444444", x=0.01, ha="left", linespacing=1.25)
     return figure

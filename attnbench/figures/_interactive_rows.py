@@ -47,7 +47,7 @@ def crossings(data: pd.DataFrame) -> Any:
     """
     data = data.sort_values("n", na_position="last", kind="stable")
     ends = float(data["shortest"].min()) / 1.2, float(data["longest"].max()) * 1.2
-    plot = _rows(f"faster than {crossover.baseline(data)} from N =", data["series"].tolist(), ends)
+    plot = _rows(f"faster than {crossover.baseline(data)} from N =", list(dict.fromkeys(data["series"])), ends)
     good, others = data[data["n"].notna()], data[data["n"].isna()]
     good = good.assign(high=good["high"].clip(upper=ends[1]))
     told = [f"{'at most ' if n <= s else ''}{n:.0f}" for n, s in zip(good["n"], good["shortest"], strict=True)]

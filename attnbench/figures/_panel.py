@@ -11,7 +11,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from attnbench import series
-from attnbench.figures._style import BASELINE, LETTERS, cited, length_axis, look
+from attnbench.figures._style import BASELINE, LETTERS, cited, length_axis, look, variants
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,6 +39,19 @@ def by_family(drawn: pd.DataFrame) -> list[str]:
     """Names of all series of the columns `series` and `family`, families together, wherever they are first drawn."""
     families = dict(zip(drawn["series"].astype(str), drawn["family"].astype(str), strict=True))
     return sorted(families, key=lambda name: (series.family_rank(families[name]), series.natural(name)))
+
+
+def looks(drawn: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """Line properties of each series of the columns `series`, `label` and `family`, in the order of `by_family`."""
+    number = variants([{str(k): v for k, v in row.items()} for row in drawn.to_dict("records")])
+    labels = dict(zip(drawn["series"], drawn["label"], strict=True))
+    return {name: look(str(labels[name]), number[name]) for name in by_family(drawn)}
+
+
+def row_axis(axes: Axes, order: Sequence[str]) -> None:
+    """A row a name, the first at the top."""
+    axes.set_yticks(range(len(order)), order)
+    axes.set_ylim(len(order) - 0.5, -0.5)
 
 
 def rules(axes: Axes, order: Sequence[str], drawn: pd.DataFrame) -> None:

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from attnbench import series
 from attnbench.figures import _panel
-from attnbench.figures._style import BASELINE, WIDTHS, length, look, variants, wrapped
+from attnbench.figures._style import BASELINE, WIDTHS, length, wrapped
 from attnbench.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -38,15 +38,13 @@ def draw(drawn: pd.DataFrame, caption: str, columns: int, fixed: str) -> Figure:
         fixed: what stands in `budget` where a method reads what its shape gives it.
     """
     own = drawn[~drawn["exact"]]
-    order = _panel.by_family(own)
+    styles = _panel.looks(own)
+    order = list(styles)
     profiles, lengths = series.panel_order(drawn["profile"].unique()), sorted(drawn["n"].unique())
     caption = wrapped(caption, WIDTHS[columns])
     height = len(profiles) * (_ROW_IN * (len(order) + 1) + 0.25) + 0.75 + 0.115 * (caption.count("\n") + 1)
     figure = Figure(figsize=(WIDTHS[columns], height), layout="constrained")
     grid = figure.subplots(len(profiles), len(lengths), sharex=True, sharey=True, squeeze=False)
-    number = variants([{str(k): v for k, v in row.items()} for row in own.to_dict("records")])
-    labels = dict(zip(own["series"], own["label"], strict=True))
-    styles = {name: look(str(labels[name]), number[name]) for name in order}
     budgets = sorted(b for b in own["budget"].unique() if b != fixed)
     for i, profile in enumerate(profiles):
         for j, n in enumerate(lengths):
@@ -58,8 +56,7 @@ def draw(drawn: pd.DataFrame, caption: str, columns: int, fixed: str) -> Figure:
     first = grid.flat[0]
     first.set_xscale("log")
     _panel.plain(first.xaxis)
-    first.set_yticks(range(len(order)), order)
-    first.set_ylim(len(order) - 0.5, -0.5)
+    _panel.row_axis(first, order)
     for axes in grid[:, 0]:
         axes.tick_params(axis="y", labelsize=5.5)
     for axes in grid[-1]:

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from attnbench import crossover, frame, series
 from attnbench.errors import UserError
 from attnbench.figures import _panel
-from attnbench.figures._style import WIDTHS, length, length_axis, look, paper, variants, wrapped
+from attnbench.figures._style import WIDTHS, length, length_axis, paper, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -83,10 +83,8 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
 
 
 def _draw(drawn: pd.DataFrame, table: pd.DataFrame, columns: int) -> Figure:
-    order, panels = _panel.by_family(drawn), series.panel_order(drawn["panel"].unique())
-    number = variants([{str(k): v for k, v in row.items()} for row in drawn.to_dict("records")])
-    labels = dict(zip(drawn["series"], drawn["label"], strict=True))
-    styles = {name: look(str(labels[name]), number[name]) | {"linestyle": "none"} for name in order}
+    styles, panels = _panel.looks(drawn), series.panel_order(drawn["panel"].unique())
+    order = list(styles)
     cells = _cells(table)
     caption = wrapped(_caption(drawn, cells, repeated=bool((table["replicate"] > 0).any())), WIDTHS[columns])
     across = len(panels) if columns == 2 else 1
@@ -101,8 +99,7 @@ def _draw(drawn: pd.DataFrame, table: pd.DataFrame, columns: int) -> Figure:
         _panel.rules(axes, order, drawn)
         axes.set_xlabel(f"faster than {baseline(drawn)} from N =")
     length_axis(grid.flat[0], lengths, WIDTHS[columns] / (across + 0.6))
-    grid.flat[0].set_yticks(range(len(order)), order)
-    grid.flat[0].set_ylim(len(order) - 0.5, -0.5)
+    _panel.row_axis(grid.flat[0], order)
     figure.supxlabel(caption, fontsize=5.5, color="#444444", x=0.01, ha="left", linespacing=1.25)
     return figure
 
@@ -119,7 +116,7 @@ def _fill(axes: Axes, part: pd.DataFrame, styles: Mapping[str, dict[str, Any]], 
             continue
         ends = [max(lengths[0], p["low"]), min(lengths[-1], p["high"])]
         axes.plot(ends, [y, y], color=style["color"], linewidth=1.6, alpha=0.6)
-        axes.plot([max(lengths[0], p["n"])], [y], **style, zorder=3, clip_on=False)
+        axes.plot([max(lengths[0], p["n"])], [y], **{**style, "linestyle": "none"}, zorder=3, clip_on=False)
         if p["n"] <= p["shortest"]:
             axes.annotate(f"≤ {length(p['shortest'])}", (ends[1], y), (4, 0), textcoords="offset points", fontsize=5.5, va="center")
 
