@@ -84,8 +84,9 @@ def _rates(text: str) -> str:
 
 
 def _data(text: str) -> str:
-    trained.get(text)  # which looks into the folder, once
-    return text
+    """A folder as it is given, and a level that is the plain task by that name, so that its cases are the same."""
+    task = trained.get(text)  # which looks into the folder, once
+    return text if trained.folder(text) else task.name
 
 
 def _other(text: str) -> str:

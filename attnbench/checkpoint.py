@@ -14,7 +14,7 @@ from attnbench.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
-FORMAT = 2
+FORMAT = 3
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

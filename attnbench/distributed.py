@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from attnbench.errors import UserError
+from attnbench.tasks import trained
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -120,7 +121,7 @@ def begin(case: Case, device: str, folder: Path | None) -> None:
 
     Raises `UserError` for a task that is drawn, whose training set lies on one device as a whole.
     """
-    if size() > 1 and ":" not in case.data:
+    if size() > 1 and not trained.folder(case.data):
         raise UserError(f"{size()} processes train together only on what a folder holds, not on {case.data}: launch one, or --concurrent")
     if size() > 1 and rank() == 0:
         _tell(case, folder)

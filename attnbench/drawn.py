@@ -161,7 +161,7 @@ def _smallest(values: int) -> torch.dtype:
 def _drawn(task: TrainedTask, key: Key) -> Examples:
     """Drawn now, by as many processes as are worth it where they can import the task."""
     workers = min(os.cpu_count() or 1, key.batches // _WORTH)
-    if workers > 1 and task.name in trained.NAMES and trained.get(task.name) is task:
+    if workers > 1 and trained.by_name(task):
         return joined(_by_processes(task.name, key, workers), key.count)
     return joined([part(task, key, 0, key.batches)], key.count)
 
@@ -203,7 +203,7 @@ def main(words: str) -> None:
 
 def _name(task: TrainedTask, key: Key, start: Batch) -> str:
     text = f"{_FORMAT}/{task.name}/{vars(key)}/{start.digest}"
-    return f"{task.name}-{key.n}-{key.split}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+    return f"{task.stem}-{key.n}-{key.split}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def asked(table: pd.DataFrame, *, swapped: bool = False) -> pd.DataFrame:
 
 
 def titles(data: pd.Series[str]) -> dict[str, str]:
-    """Task, `NAME` or `NAME:PATH` -> as it is printed: a folder by its own name where that tells it from the others."""
+    """Task, `NAME`, `NAME:LEVEL` or `NAME:PATH` -> as it is printed: a folder by its own name where that tells it from the others."""
     short = {text: f"{name} ({PurePath(path).name})" if path else name for text in set(data) for name, _, path in [text.partition(":")]}
     return {text: name if list(short.values()).count(name) == 1 else text for text, name in short.items()}
 

@@ -1,8 +1,9 @@
 """Models that train side by side: the learning rates of one case, which share their batches and, on a GPU, the time of its cores.
 
-The race ends at the first evaluation at which one of them reaches the target, or else after the last step: every rate takes as many
-steps as that, unless its loss stops being finite. Which rates are tried, how far and which wins are so determined by the recipe alone;
-whether they run at once or one after another, and how often they were killed in between, changes nothing.
+After a share of the steps (`Recipe.rung`) only the one with the smallest loss on the validation split goes on, as in successive halving:
+Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943. The race ends at the first evaluation at which one reaches the target, or
+else after the last step. Which rates are tried, how far and which wins are so determined by the recipe alone; whether they run at once or
+one after another, and how often they were killed in between, changes nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from attnbench.recipe import Fit
     from attnbench.train import Trainer
 
 _MOST, _SHORT_S, _LONG_S = 64, 0.2, 1.0
@@ -25,18 +27,42 @@ def race(trainers: Sequence[Trainer], end: int | None = None) -> int:
     Returns the step at which the race ended: those that ran before know only then how far they should have gone (`Fit.upto`). Models that
     went on from checkpoints of different ages wait for each other.
     """
-    end = trainers[0].recipe.steps if end is None else end
+    recipe = trainers[0].recipe
+    end = recipe.steps if end is None else end
+    if len(trainers) > 1 and recipe.cut < end:
+        reached = _together(trainers, recipe.cut)
+        end = _alone(trainers, recipe.cut, end) if reached == recipe.cut else reached
+    else:
+        end = _together(trainers, end)
+    for trainer in trainers:
+        trainer.finish()
+    return end
+
+
+def ranked(fits: Sequence[Fit], step: int) -> list[int]:
+    """Their numbers, those that do best at a step first: the smallest loss on the validation split, of several the first."""
+    return sorted(range(len(fits)), key=lambda i: fits[i].loss_at(step))
+
+
+def _alone(trainers: Sequence[Trainer], cut: int, end: int) -> int:
+    """The best at the cut goes on up to `end` or to the target; where its loss stops being finite, the next best."""
+    for number in ranked([t.fit for t in trainers], cut):
+        reached = _together([trainers[number]], end)
+        if not trainers[number].fit.diverged:
+            return reached
+    return end
+
+
+def _together(trainers: Sequence[Trainer], end: int) -> int:
+    """All of them up to `end`, or to the step at which the first reaches the target, which is returned."""
     while True:
         end = min([end, *(t.fit.step for t in trainers if t.fit.reached >= t.recipe.target)])
         running = [t for t in trainers if not t.over and t.fit.step < end]
         if not running:
-            break
+            return end
         last = min(t.fit.step for t in running)
         ahead = [t.fit.step for t in running if t.fit.step > last]
         _run([t for t in running if t.fit.step == last], min([end, *ahead]))
-    for trainer in trainers:
-        trainer.finish()
-    return end
 
 
 def _run(group: Sequence[Trainer], until: int) -> None:

@@ -38,6 +38,8 @@ class Recipe:
     """examples of the validation split looked at each time, at most; fewer where that would take over an eighth of the training"""
     tested: int = 4096
     """examples of the test split, at most; fewer where that would be over a quarter of those trained on"""
+    rung: float = 1 / 3
+    """share of the steps after which, of several learning rates, only the one that does best goes on; 1: all go on"""
     target: float = 0.999
     """validation accuracy at which training may stop"""
     last: float = 0.0
@@ -54,6 +56,11 @@ class Recipe:
     def points(self) -> int:
         """Steps between points of the learning curve."""
         return max(1, self.steps // _POINTS)
+
+    @property
+    def cut(self) -> int:
+        """The step, one at which is evaluated, after which only the best of several rates goes on."""
+        return min(self.steps, max(1, round(self.rung * self.steps / self.interval)) * self.interval)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
@@ -99,6 +106,8 @@ class Fit:
     """(step, mean training loss since the point before)"""
     validation: list[tuple[int, float]] = field(default_factory=list)
     """(step, accuracy on the validation split)"""
+    judged: list[tuple[int, float]] = field(default_factory=list)
+    """(step, loss on the validation split), of the same steps"""
     diverged: bool = False
     """whether a loss was not finite"""
     seconds: float = 0.0
@@ -114,9 +123,16 @@ class Fit:
         """Validation accuracy at the end; 0 where there is none."""
         return 0.0 if self.diverged or not self.validation else self.validation[-1][1]
 
+    def loss_at(self, step: int) -> float:
+        """Loss on the validation split at the last evaluation up to a step; infinite where there is none, or no finite loss by then."""
+        found = [loss for at, loss in self.judged if at <= step]
+        return math.inf if not found or (self.diverged and self.step <= step) else found[-1]
+
     def upto(self, step: int) -> Fit:
         """What it was after so many steps; later ones are left out, but for their time."""
         if self.step <= step:
             return self
-        curves: dict[str, Any] = {name: [point for point in getattr(self, name) if point[0] <= step] for name in ("losses", "validation")}
+        curves: dict[str, Any] = {
+            name: [point for point in getattr(self, name) if point[0] <= step] for name in ("losses", "validation", "judged")
+        }
         return replace(self, step=step, diverged=False, **curves)

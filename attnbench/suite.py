@@ -75,10 +75,10 @@ class Suite:
         )
 
     def _pointed(self, changed: Mapping[str, tuple[Any, ...]]) -> tuple[Mapping[str, tuple[Any, ...]], ...]:
-        """The points with other values; of a trained task and of a length the points that have it, else the first."""
+        """The points with other values; of a trained task and of a length the points that have it, else the nearest."""
         kept = self.points
         if "data" in changed and any("data" in point for point in kept):
-            having = {name: [point for point in kept if name in point.get("data", ())] or kept[:1] for name in changed["data"]}
+            having = {name: _of(kept, name) for name in changed["data"]}
             kept = tuple({**point, "data": (name,)} for name, points in having.items() for point in points)
         if "n" in changed:
             kept = tuple({**point, "n": (n,)} for n in changed["n"] for point in _at(kept, n))
@@ -143,6 +143,12 @@ class Suite:
         first = get(self.methods[0].name)
         if (case.method, case.implementation) == (first.name, first.pinned):
             yield replace(case, replicate=1)
+
+
+def _of(points: Sequence[Mapping[str, tuple[Any, ...]]], data: str) -> Sequence[Mapping[str, tuple[Any, ...]]]:
+    """The points of a trained task; of one that has none, those of another level of it, else the first of all."""
+    own = [point for point in points if data in point.get("data", ())]
+    return own or [p for p in points if data.partition(":")[0] in {d.partition(":")[0] for d in p.get("data", ())}] or points[:1]
 
 
 def _at(points: Sequence[Mapping[str, tuple[Any, ...]]], n: int) -> list[Mapping[str, tuple[Any, ...]]]:

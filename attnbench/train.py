@@ -16,13 +16,15 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map
 
 from attnbench import checkpoint, distributed
 from attnbench.batches import IGNORED
 from attnbench.data import Data
 from attnbench.errors import UserError
+from attnbench.nn.fusing import compiled, fuse
 from attnbench.optimizer import optimizer
 from attnbench.race import race
 from attnbench.recipe import Fit, Recipe, Score
@@ -32,8 +34,6 @@ from attnbench.slices import by_slice
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
-
-    from torch import Tensor
 
     from attnbench.batches import Prepared
     from attnbench.nn import TinyTransformer
@@ -63,8 +63,12 @@ class Trainer:
     """why steps may not be captured in a CUDA graph; empty where they may"""
 
     def __post_init__(self) -> None:
+        self._entropy: Callable[[Tensor, Tensor], Tensor] = _entropy
         self.model.to(self.device)
         self.group = distributed.current()
+        if self.device != "cpu" and not self.group.why_eager:
+            fuse(self.model)
+            self._entropy = compiled(_entropy)
         self._parallel = self.group.wrap(self.model)
         self.batches = self.data or Data(self.task, self.recipe, self.device)
         self.optimizer = optimizer(self.model, self.recipe, self.device)
@@ -146,7 +150,7 @@ class Trainer:
     def _loss(self, batch: Prepared) -> tuple[Tensor, Tensor]:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.autocast):
             scores = self._parallel(batch.inputs, batch.positions, batch.mask)
-        return cross_entropy(scores.float(), batch.targets), scores
+        return self._entropy(scores, batch.targets), scores
 
     def wait(self) -> None:
         """Until all steps taken are done."""
@@ -159,7 +163,9 @@ class Trainer:
         if evaluated or fit.step % r.points == 0:
             self._read()
         if evaluated and not fit.diverged:
-            fit.validation.append((fit.step, self.evaluate("validation").accuracy))
+            score = self.evaluate("validation")
+            fit.validation.append((fit.step, score.accuracy))
+            fit.judged.append((fit.step, score.loss))
         if self.path and self.group.main and not self.over and self._due():
             self.save()
         self.tell(self)
@@ -224,7 +230,16 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint; where that fails, the last one stands, training goes on and `notes` says so."""
         assert self.path is not None, "a trainer without a path saves nothing"
-        state = {
+        self._saved = time.perf_counter()
+        try:
+            checkpoint.save(self.path, self._state())
+            self.kept = self.fit.step
+        except UserError as error:
+            if str(error) not in self.fit.notes:
+                self.fit.notes.append(str(error))
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "architecture": self.model.architecture.as_dict(),
             "task": self.task.name,
             "recipe": _plain(asdict(self.recipe)),
@@ -234,13 +249,11 @@ class Trainer:
             "total": self.total,
             "random": _random(self.device),
         }
-        self._saved = time.perf_counter()
-        try:
-            checkpoint.save(self.path, state)
-            self.kept = self.fit.step
-        except UserError as error:
-            if str(error) not in self.fit.notes:
-                self.fit.notes.append(str(error))
+
+    def copied(self) -> dict[str, Any]:
+        """All that `go_on` needs, on the CPU."""
+        found: dict[str, Any] = tree_map(lambda x: x.detach().cpu().clone() if isinstance(x, Tensor) else x, self._state())
+        return found
 
     def _resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises `UserError` where it is of another model, task or recipe."""
@@ -249,19 +262,27 @@ class Trainer:
         own = {"task": self.task.name, **_plain(asdict(self.recipe))}
         there = {"task": state["task"], **state["recipe"]}
         checkpoint.hold(path, "recipe", [f"{k} = {there.get(k)!r} there, {v!r} here" for k, v in own.items() if there.get(k) != v])
+        self.go_on(state)
+        self.kept = self.fit.step
+
+    def go_on(self, state: Mapping[str, Any]) -> None:
+        """Take over the state of another trainer of the same model, task and recipe, as `copied` or a checkpoint holds it."""
         self.model.load_state_dict(state["model"])
         rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate  # the very tensor that a captured step reads
         fit = state["fit"]
-        self.fit = Fit(**{**fit, **{k: [(int(a), float(b)) for a, b in fit[k]] for k in ("losses", "validation")}})
+        self.fit = Fit(**{**fit, **{k: [(int(a), float(b)) for a, b in fit[k]] for k in ("losses", "validation", "judged")}})
         self.total.copy_(state["total"])
-        self.kept = self.fit.step
         torch.set_rng_state(state["random"]["cpu"])
         if self.device != "cpu":
             self._count.fill_(self.fit.step)
             torch.cuda.set_rng_state(state["random"]["cuda"])
+
+
+def _entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(scores.float(), targets)
 
 
 def _random(device: str) -> dict[str, Tensor]:

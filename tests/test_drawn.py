@@ -19,7 +19,7 @@ from attnbench.train import Recipe
 if TYPE_CHECKING:
     from pathlib import Path
 
-CASES = {"mqar": 64, "listops": 64, "pathfinder": 256}
+CASES = {"mqar": 64, "listops": 64, "pathfinder": 256, "pathfinder:easy": 256}
 
 
 def counted(batch: Prepared) -> dict[str, torch.Tensor]:
@@ -92,9 +92,9 @@ def test_a_cpu_draws_as_it_goes_until_the_set_begins_anew() -> None:
         assert same(next(batches), seen[4]), "a batch depends on its number alone"
 
 
-@pytest.mark.parametrize("count", [64, 61])
-def test_parts_drawn_by_several_processes_are_the_whole(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    own, key = trained.get("mqar"), Key("validation", 16, 0, 4, count)
+@pytest.mark.parametrize(("name", "n", "count"), [("mqar", 16, 64), ("mqar", 16, 61), ("pathfinder:easy", 256, 64)])
+def test_parts_drawn_by_several_processes_are_the_whole(name: str, n: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, key = trained.get(name), Key("validation", n, 0, 4, count)
     alone = drawn.load(own, key)
     monkeypatch.setattr(drawn, "_WORTH", 8)
     monkeypatch.setattr(drawn.os, "cpu_count", lambda: 2)
@@ -103,7 +103,7 @@ def test_parts_drawn_by_several_processes_are_the_whole(count: int, monkeypatch:
     assert alone.tensors().keys() == together.tensors().keys()
     assert all(torch.equal(x, together.tensors()[name]) for name, x in alone.tensors().items())
     assert len(together.inputs) == count
-    assert together.inputs.dtype == torch.int16
+    assert together.inputs.dtype == (torch.int16 if name == "mqar" else torch.uint8)
 
 
 def test_a_set_is_drawn_once_and_read_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,6 +120,17 @@ def test_a_set_is_drawn_once_and_read_by_the_next(tmp_path: Path, monkeypatch: p
     for path in tmp_path.glob("*.pt"):
         path.write_bytes(b"torn")
     assert torch.equal(drawn.load(own, key, tmp_path).inputs, first.inputs)
+
+
+def test_each_level_of_a_task_has_a_file_of_its_own(tmp_path: Path) -> None:
+    key, names = Key("train", 256, 0, 4, 8), ("pathfinder", "pathfinder:easy", "pathfinder:intermediate")
+    sets = [drawn.load(trained.get(name), key, tmp_path).inputs for name in names]
+    again = [drawn.load(trained.get(name), key, tmp_path).inputs for name in names]
+    assert all(torch.equal(a, b) for a, b in zip(sets, again, strict=True))
+    assert not torch.equal(sets[0], sets[1])
+    assert not torch.equal(sets[1], sets[2])
+    files = sorted(path.name.partition("-256-")[0] for path in tmp_path.glob("*.pt"))
+    assert files == ["pathfinder", "pathfinder-easy", "pathfinder-intermediate"]
 
 
 def test_a_folder_that_takes_no_file_costs_time_not_the_run(tmp_path: Path) -> None:

@@ -140,6 +140,14 @@ def test_models_that_were_trained_otherwise_are_never_averaged() -> None:
     }  # fmt: skip
 
 
+def test_levels_are_panels_and_files_of_their_own() -> None:
+    data = pd.Series(["pathfinder", "pathfinder:easy"])
+    assert earned.titles(data) == {"pathfinder": "pathfinder", "pathfinder:easy": "pathfinder (easy)"}
+    trained = table(*(reached(case("softmax", data=text), 0.5) for text in data))
+    assert set(earned.asked(trained)["panel"]) == {"pathfinder", "pathfinder (easy)"}
+    assert [g.place for g in curves.groups(trained)] == ["a-device-pathfinder", "a-device-pathfinder-easy"]
+
+
 def test_folders_are_printed_by_their_names_where_these_differ() -> None:
     data = pd.Series(["mqar", "images:/data/cats", "images:/data/dogs", "images:/old/dogs"])
     assert earned.titles(data) == {**dict(zip(data, data, strict=True)), "images:/data/cats": "images (cats)"}

@@ -42,7 +42,18 @@ def test_the_command_draws_every_usual_length(tmp_path):
     assert len(pd.read_csv(tmp_path / "examples-pathfinder-4096.csv")) == _examples.COUNT
 
 
-@pytest.mark.parametrize(("task", "words"), [("mqar", "are sequences, not pictures"), ("pathfindr", "unknown trained task")])
+def test_a_level_is_drawn_into_files_without_a_colon(tmp_path):
+    lines = call("plot", "--examples", "pathfinder:easy", "--out", tmp_path).stdout.splitlines()
+    assert [line.rpartition("/")[2] for line in lines if line.endswith("png")] == [
+        f"examples-pathfinder-easy-{n}.png" for n in (1024, 4096)
+    ]
+    assert set(pd.read_csv(tmp_path / "examples-pathfinder-easy-1024.csv")["task"]) == {"pathfinder:easy"}
+
+
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [("mqar", "are sequences, not pictures"), ("pathfindr", "unknown trained task"), ("pathfinder:eas", "did you mean easy?")],
+)
 def test_a_task_without_pictures_is_refused_in_one_line(tmp_path, task, words):
     result = call("plot", "--examples", task, "--out", tmp_path)
     assert result.exit_code == 2

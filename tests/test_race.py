@@ -23,7 +23,8 @@ def settings(rate: float, **changes: object) -> object:
 
 
 def trainer(rate: float, folder: Path | None = None, **changes: object) -> Trainer:
-    return Trainer(model(), task(), settings(rate, target=0.9, **changes), path=folder / f"{rate:g}.pt" if folder else None, save_s=0.0)
+    path = folder / f"{rate:g}.pt" if folder else None
+    return Trainer(model(), task(), settings(rate, **{"target": 0.9, **changes}), path=path, save_s=0.0)
 
 
 def curves(fits: list) -> list:
@@ -101,3 +102,61 @@ def test_the_host_looks_at_every_point_and_waits_for_a_gpu_about_once_a_second()
     assert [_next_size(16, s) for s in (0.1, 0.5, 2.0)] == [32, 16, 8]
     assert _next_size(64, 0.1) == 64
     assert _next_size(1, 60.0) == 1
+
+
+def test_after_the_cut_only_the_best_goes_on_side_by_side_as_in_turn(tmp_path: Path) -> None:
+    together = [trainer(rate, target=2.0) for rate in RATES]
+    assert race(together) == 60
+    steps = [t.fit.step for t in together]
+    assert sorted(steps) == [20, 20, 60]
+    best = steps.index(60)
+    losses = [t.fit.loss_at(20) for t in together]
+    assert losses[best] == min(losses)
+    for path in (None, tmp_path):
+        in_turn = learning._in_turn(lambda rate, path=path: trainer(rate, path, target=2.0), RATES)
+        assert curves(in_turn.fits) == curves([t.fit for t in together])
+        assert in_turn.best == best
+        assert all(torch.equal(x, in_turn.state[name]) for name, x in together[best].model.state_dict().items())
+
+
+@pytest.mark.parametrize("at", [(10, 0), (20, 0), (33, 2)])
+def test_a_race_that_was_killed_before_or_after_the_cut_ends_as_if_it_had_not_been(tmp_path: Path, at: tuple[int, int]) -> None:
+    whole = [trainer(rate, target=2.0) for rate in RATES]
+    race(whole)
+    best = [t.fit.step for t in whole].index(60)
+
+    def kill(own: Trainer) -> None:
+        if own.fit.step == at[0]:
+            raise KeyboardInterrupt
+
+    first = [trainer(rate, tmp_path, target=2.0) for rate in RATES]
+    first[best].tell = kill
+    with pytest.raises(KeyboardInterrupt):
+        race(first)
+    second = [trainer(rate, tmp_path, target=2.0) for rate in RATES]
+    assert second[best].fit.step == at[0]
+    race(second)
+    assert curves([t.fit for t in second]) == curves([t.fit for t in whole])
+    third = learning._in_turn(lambda rate: trainer(rate, tmp_path, target=2.0), RATES)
+    assert curves(third.fits) == curves([t.fit for t in whole]), "in turn, from checkpoints that are beyond the cut"
+
+
+def test_where_the_best_diverges_after_the_cut_the_next_best_goes_on() -> None:
+    own = [Trainer(model(per_token=True), task(batch=noise, per_token=True), recipe(rate=rate)) for rate in (1e-3, 2e-3)]
+    best = 1
+    step = own[best].step
+    own[best].step = lambda batch: step(batch) * float("nan" if own[best].fit.step == 7 else 1)
+    assert race(own) == 12
+    assert [(t.fit.diverged, t.fit.step) for t in own] == [(False, 12), (True, 8)]
+    assert learning._chosen([t.fit for t in own], [{}, {}]).best == 0
+
+
+@pytest.mark.parametrize(("rung", "cut"), [(1 / 3, 4), (0.01, 4), (0.5, 8), (1.0, 12)])
+def test_the_cut_is_at_an_evaluation(rung: float, cut: int) -> None:
+    assert recipe(rung=rung).cut == cut
+
+
+def test_the_rung_of_one_lets_all_rates_go_to_the_end() -> None:
+    own = [trainer(rate, target=2.0, rung=1.0) for rate in RATES]
+    race(own)
+    assert [t.fit.step for t in own] == [60, 60, 60]

@@ -16,6 +16,7 @@ from attnbench.errors import UserError
 from attnbench.protocol import Protocol
 from attnbench.registry import get, methods
 from attnbench.suite import Entry, Suite
+from attnbench.tasks import models, trained
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -191,3 +192,29 @@ def test_a_suite_that_is_not_there_is_named() -> None:
         suite_file.load("sped")
     with pytest.raises(UserError, match=r"cannot read suite absent.toml: No such file"):
         suite_file.load("absent.toml")
+
+
+LEVELED = """
+title = "Own"
+question = "Which?"
+task = "accuracy"
+fixed = { steps = 4, depth = 1, rates = "1e-3" }
+point = [{ data = "mqar", n = 16 }, { data = "pathfinder:easy", n = 256 }]
+method = [{ name = "softmax" }]
+"""
+
+
+def test_a_level_without_points_gets_those_of_another_level_and_trains_on_a_finite_set(tmp_path: Path) -> None:
+    (tmp_path / "own.toml").write_text(LEVELED)
+    own = suite_file.load(str(tmp_path / "own.toml"))
+
+    def points(name: str) -> set[tuple[str, int]]:
+        return {(c.data, c.n) for c in own.override({"data": [name]}, [], {}).expand()}
+
+    assert points("pathfinder:easy") == {("pathfinder:easy", 256)}
+    assert points("pathfinder:intermediate") == {("pathfinder:intermediate", 256)}
+    assert points("pathfinder:hard") == points("pathfinder") == {("pathfinder", 256)}, "one task, one name, the same cases"
+    assert points("listops") == {("listops", 16)}
+    case = next(c for c in own.expand() if c.data == "pathfinder:easy")
+    assert models.recipe(case, 1e-3).examples == models.EXAMPLES
+    assert models.architecture(case, trained.get(case.data)).grid == (16, 16)

@@ -13,10 +13,18 @@ from attnbench.errors import UserError
 from attnbench.tasks import digits, images, listops, mqar, pathfinder, trained
 
 SPLITS = ("train", "validation", "test")
-GENERATED = ("mqar", "listops", "pathfinder")
-SIZES = {"mqar": 256, "listops": 512, "pathfinder": 1024}
-DIGESTS = {"mqar": "17f0342bf482e1bb", "listops": "9fa4b3150f554842", "pathfinder": "a45a2ece6ac41197"}
+DIGESTS = {
+    "mqar": "17f0342bf482e1bb",
+    "listops": "9fa4b3150f554842",
+    "pathfinder": "a45a2ece6ac41197",
+    "pathfinder:easy": "8849dd763e536ae5",
+    "pathfinder:intermediate": "490c2178d81c1fe9",
+}
 """of 5 training examples with seed 0: what was measured on one machine is drawn again on another"""
+GENERATED = tuple(DIGESTS)
+SIZES = {name: {"mqar": 256, "listops": 512}.get(name, 1024) for name in GENERATED}
+LEVELS = {"easy": (6, 2, {1024: 10, 4096: 11}), "intermediate": (9, 3, {1024: 6, 4096: 7}), "hard": (14, 4, {1024: 5, 4096: 5})}
+"""dashes of a long path and of a distractor, and distractors"""
 
 
 @pytest.mark.parametrize("name", GENERATED)
@@ -196,10 +204,11 @@ def dots(image, radius):
     return list(zip(*np.nonzero(hold & (inside == len(offsets))), strict=True))
 
 
-@pytest.mark.parametrize("n", [256, 1024, 4096])
-def test_pathfinder_is_solved_by_flood_fill(n):
-    side, sizes, solved = int(n**0.5), pathfinder.drawing(n), 0
-    batch = pathfinder.TASK.batch("train", 0, 32, n, 0)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("n", [256, 576, 1024, 4096])
+def test_pathfinder_is_solved_by_flood_fill(n, level):
+    side, sizes, solved = int(n**0.5), pathfinder.drawing(n, LEVELS[level][0]), 0
+    batch = pathfinder.LEVELS[level].batch("train", 0, 32, n, 0)
     for tokens, target in zip(batch.inputs, batch.targets, strict=True):
         image = tokens.reshape(side, side).numpy().astype(bool)
         found = dots(image, sizes.radius)
@@ -210,11 +219,13 @@ def test_pathfinder_is_solved_by_flood_fill(n):
     assert solved > 8
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("n", [1024, 4096])
-def test_pathfinder_draws_two_long_paths_of_single_dashes(n):
-    sizes, side = pathfinder.drawing(n), int(n**0.5)
-    assert sizes.dashes == 14
-    for tokens in pathfinder.TASK.batch("test", 0, 12, n, 0).inputs:
+def test_pathfinder_draws_two_long_paths_of_single_dashes(n, level):
+    dashes, short_dashes, distractors = LEVELS[level]
+    sizes, side, seen = pathfinder.drawing(n, dashes), int(n**0.5), []
+    assert (sizes.dashes, sizes.short, sizes.distractors) == (dashes, short_dashes, distractors[n])
+    for tokens in pathfinder.LEVELS[level].batch("test", 0, 12, n, 0).inputs:
         image = tokens.reshape(side, side).numpy().astype(bool)
         paths = components(image, 2)
         pixels = np.bincount(paths.flatten())[1:]
@@ -223,10 +234,13 @@ def test_pathfinder_draws_two_long_paths_of_single_dashes(n):
         assert long.sum() == 2, "two long paths, and distractors that are shorter"
         short = pixels[~long]
         assert set(short.tolist()) <= {sizes.short * sizes.dash}
+        seen.append(len(short))
+    assert max(seen) >= sizes.distractors - 1, "at the hard level some get stuck"
 
 
-def test_pathfinder_is_balanced_and_the_distance_of_the_dots_tells_nothing():
-    batches = [pathfinder.TASK.batch("train", i, 64, 1024, 0) for i in range(6)]
+@pytest.mark.parametrize("level", LEVELS)
+def test_pathfinder_is_balanced_and_the_distance_of_the_dots_tells_nothing(level):
+    batches = [pathfinder.LEVELS[level].batch("train", i, 64, 1024, 0) for i in range(6)]
     targets, groups = torch.cat([x.targets for x in batches]), torch.cat([x.groups for x in batches])
     assert all(int(x.targets.sum()) == 32 for x in batches)
     best = max(float(((groups < cut) == targets.bool()).double().mean()) for cut in range(45))
@@ -237,10 +251,11 @@ def test_pathfinder_is_balanced_and_the_distance_of_the_dots_tells_nothing():
     assert abs(difference) < 4 * ink.std() * (4 / len(ink)) ** 0.5
 
 
-@pytest.mark.parametrize("n", [256, 1024])
-def test_where_the_dots_lie_tells_nothing(n):
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("n", [256, 1024, 4096])
+def test_where_the_dots_lie_tells_nothing(n, level):
     """Each connected image has one of the other class with dots as far from the middle and from each other, up to the tolerance."""
-    side, batch = int(n**0.5), pathfinder.TASK.batch("train", 0, 64, n, 0)
+    side, batch = int(n**0.5), pathfinder.LEVELS[level].batch("train", 0, 64, n, 0)
     seen = {0: [], 1: []}
     for tokens, target in zip(batch.inputs, batch.targets.tolist(), strict=True):
         found = np.array(dots(tokens.reshape(side, side).numpy().astype(bool), pathfinder.drawing(n).radius)) - (side - 1) / 2
@@ -252,9 +267,10 @@ def test_where_the_dots_lie_tells_nothing(n):
     assert (apart <= 1.5 * side / 32).mean() > 0.9, "all but those whose partner has a crossing that looks like a dot"
 
 
+@pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("size", [1, 2, 7])
-def test_small_batches_of_pathfinder_are_balanced_too(size):
-    counts = [int(pathfinder.TASK.batch("train", i, size, 256, 0).targets.sum()) for i in range(12)]
+def test_small_batches_of_pathfinder_are_balanced_too(size, level):
+    counts = [int(pathfinder.LEVELS[level].batch("train", i, size, 256, 0).targets.sum()) for i in range(12)]
     assert set(counts) == {size // 2, (size + 1) // 2}
 
 
@@ -262,6 +278,34 @@ def test_small_batches_of_pathfinder_are_balanced_too(size):
 def test_pathfinder_refuses_images_it_cannot_draw(n, words):
     with pytest.raises(UserError, match=words):
         pathfinder.TASK.batch("train", 0, 1, n, 0)
+
+
+def test_levels_of_pathfinder_go_by_name():
+    for level in ("easy", "intermediate"):
+        task = trained.get(f"pathfinder:{level}")
+        assert task is trained.get(f"pathfinder:{level}") is pathfinder.LEVELS[level]
+        assert (task.name, task.stem) == (f"pathfinder:{level}", f"pathfinder-{level}")
+        assert trained.by_name(task)
+    assert trained.get("pathfinder:hard") is trained.get("pathfinder") is pathfinder.TASK, "the plain task is the hard one"
+    assert len({pathfinder.LEVELS[level].batch("train", 0, 4, 1024, 0).digest for level in LEVELS}) == 3
+
+
+def test_only_a_folder_is_a_folder():
+    assert [trained.folder(name) for name in ("mqar", "pathfinder:easy", "images", "images:/a/b:c")] == ["", "", "", "/a/b:c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("pathfinder:eazy", "unknown level of pathfinder 'eazy': did you mean easy?"),
+        ("pathfinder:7", "unknown level of pathfinder '7': choose from easy, hard, intermediate"),
+        ("mqar:easy", "task mqar reads no folder and has no levels: leave out easy"),
+    ],
+)
+def test_a_level_that_does_not_exist_is_one_line(name, message):
+    with pytest.raises(UserError) as raised:
+        trained.get(name)
+    assert str(raised.value) == message
 
 
 # digits

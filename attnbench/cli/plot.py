@@ -55,7 +55,7 @@ def _draw_examples(tasks: list[str], folder: Path) -> None:
     with _style.paper():
         for task in map(trained.get, tasks):
             for n in task.lengths:
-                for path in write(_examples.build(task, n), _examples.data(task, n), folder / f"examples-{task.name}-{n}"):
+                for path in write(_examples.build(task, n), _examples.data(task, n), folder / f"examples-{task.stem}-{n}"):
                     print(path)
 
 

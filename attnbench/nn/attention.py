@@ -125,17 +125,28 @@ class AttentionLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, C]` -> `[B, N, C]`."""
+        q, k, v, *gate = self.projected(x)
+        return self.output(self.mix(q, k, v), v, *gate)
+
+    def projected(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Tokens `[B, N, C]` to q, k, v and with `gate` g, each `[B, H, N, D]`: queries and keys as the operator reads them."""
         fused: Tensor = getattr(self, self.parts)(x)
-        q, k, v, *gate = fused.unflatten(-1, (len(self.parts), self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        count = x.shape[1] - self.prefix
-        sides = _grid.sides(self.grid, count) if _grid.is_known(self.grid) else (1, count)
-        out = self._mix(*self._placed(q, k, sides), v).transpose(1, 2).flatten(2)
+        q, k, *others = fused.unflatten(-1, (len(self.parts), self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return (*self._placed(q, k, self._sides(x.shape[1])), *others)
+
+    def output(self, mixed: Tensor, v: Tensor, *gate: Tensor) -> Tensor:
+        """What the operator returns, `[B, H, N, D]`, to `[B, N, C]`."""
+        out = mixed.transpose(1, 2).flatten(2)
         if self.dwc is not None:
-            out = out + self.dwc.tokens(v, sides)
+            out = out + self.dwc.tokens(v, self._sides(v.shape[2]))
         for g in gate:
             out = out * silu(g.transpose(1, 2).flatten(2))
-        mixed: Tensor = self.proj_drop(self.proj(self.attn_drop(out)))
-        return mixed
+        y: Tensor = self.proj_drop(self.proj(self.attn_drop(out)))
+        return y
+
+    def _sides(self, tokens: int) -> tuple[int, int]:
+        count = tokens - self.prefix
+        return _grid.sides(self.grid, count) if _grid.is_known(self.grid) else (1, count)
 
     def _placed(self, q: Tensor, k: Tensor, sides: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Queries and keys normalised and rotated, where asked for."""
@@ -147,7 +158,8 @@ class AttentionLayer(nn.Module):
         turns = _rotary.angles(axes, q.shape[3], self.theta, self.prefix, q.device)
         return _rotary.rotate(q, turns), _rotary.rotate(k, turns)
 
-    def _mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The operator alone, `[B, H, N, D]`, as wide in values as v."""
         return _operator.mix(self.method, self.operator, q, k, v)
 
     def extra_repr(self) -> str:

@@ -52,6 +52,17 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, C]` -> `[B, N, C]`."""
         x = x + self.drop_path(self.attention(self.norm1(x)))
+        return self._fed(x)
+
+    def before(self, x: Tensor) -> tuple[Tensor, ...]:
+        """All that comes before the operator: q, k, v and, where there is one, the gate."""
+        return self.attention.projected(self.norm1(x))
+
+    def after(self, x: Tensor, mixed: Tensor, v: Tensor, *gate: Tensor) -> Tensor:
+        """All that comes after it: the tokens as they came and what the operator made of them, to those of the next block."""
+        return self._fed(x + self.drop_path(self.attention.output(mixed, v, *gate)))
+
+    def _fed(self, x: Tensor) -> Tensor:
         out: Tensor = x + self.drop_path(self.mlp(self.norm2(x)))
         return out
 

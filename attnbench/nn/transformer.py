@@ -176,7 +176,33 @@ class TinyTransformer(nn.Module):
             positions: places in the flattened `[B * N]` tokens that a per-token model scores, all where absent.
             mask: tokens that are no padding, for the mean.
         """
-        x = self.features(inputs)
+        return self.end(self._mixed(inputs), positions, mask)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """`[B, N, C]` after the last norm, or `[B, 1 + N, C]` with a class token."""
+        out: Tensor = self.norm(self._mixed(inputs))
+        return out
+
+    def _mixed(self, inputs: Tensor) -> Tensor:
+        x = self.begin(inputs)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+    def begin(self, inputs: Tensor) -> Tensor:
+        """`[B, N, C]` that the first block reads, or `[B, 1 + N, C]` with a class token."""
+        x: Tensor = self.embed(inputs)
+        if self.short_conv is not None:
+            x = x + self.short_conv(x)
+        if self.places is not None:
+            x = x + self.places[: x.shape[1]]
+        if self.class_token is not None:
+            x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
+        return x
+
+    def end(self, x: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:
+        """Class scores of what the last block leaves."""
+        x = self.norm(x)
         if self.architecture.per_token:
             rows = x.flatten(0, 1)
             scores: Tensor = self.head(rows if positions is None else rows.index_select(0, positions))
@@ -189,20 +215,6 @@ class TinyTransformer(nn.Module):
             weight = mask.to(x.dtype).unsqueeze(-1)
             pooled = (x * weight).sum(1) / weight.sum(1).clamp(min=1)
         out: Tensor = self.head(pooled)
-        return out
-
-    def features(self, inputs: Tensor) -> Tensor:
-        """`[B, N, C]` after the last norm, or `[B, 1 + N, C]` with a class token."""
-        x: Tensor = self.embed(inputs)
-        if self.short_conv is not None:
-            x = x + self.short_conv(x)
-        if self.places is not None:
-            x = x + self.places[: x.shape[1]]
-        if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], 1)
-        for block in self.blocks:
-            x = block(x)
-        out: Tensor = self.norm(x)
         return out
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import gc
 import time
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from attnbench.case import rates
 from attnbench.data import Data
 from attnbench.isolate import Progress, report
-from attnbench.race import race
+from attnbench.race import race, ranked
 from attnbench.tasks.models import fresh, recipe, why_eager
 from attnbench.train import Trainer
 
@@ -45,7 +45,7 @@ class Outcome:
 
 
 def train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Outcome:
-    """One model a learning rate, up to the evaluation at which the first reaches the target; the best there is kept.
+    """One model a learning rate, as far as `race` says; the one that ends best is kept.
 
     On a GPU they train side by side, one after another where they do not fit, or on a CPU: that changes speed alone, see `race`.
     """
@@ -78,16 +78,28 @@ def _side_by_side(trainer: Callable[[float], Trainer], tried: Sequence[float]) -
 
 
 def _in_turn(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> Outcome:
-    """One rate after another, each as far as the least that any needed to reach the target."""
-    fits, states, end = [], [], None
+    """One rate after another, as far as all of them go or as any needed to reach the target; then the one that goes on."""
+    fits: list[Fit] = []
+    kept: list[dict[str, Any]] = []
+    end = 0
     for rate in tried:
         one = trainer(rate)
-        end = race([one], end)
+        settings = one.recipe
+        end = race([one], end or (settings.cut if len(tried) > 1 else settings.steps))
         fits.append(one.fit)
-        states.append(_weights(one))
+        kept.append(one.copied())
         del one
         _let_go()
-    return _chosen([fit.upto(end) if end else fit for fit in fits], states)
+    if end == settings.steps or any(fit.upto(end).reached >= settings.target for fit in fits):
+        return _chosen([fit.upto(end) for fit in fits], [state["model"] for state in kept])
+    for number in ranked(fits, end):
+        one = trainer(tried[number])
+        one.go_on(kept[number])
+        race([one])
+        fits[number], kept[number] = one.fit, one.copied()
+        if not one.fit.diverged:
+            break
+    return _chosen(fits, [state["model"] for state in kept])
 
 
 def _let_go() -> None:
@@ -98,9 +110,9 @@ def _let_go() -> None:
 
 
 def _chosen(fits: Sequence[Fit], states: Sequence[dict[str, Tensor]]) -> Outcome:
-    """The fit with the highest accuracy on the validation split, of several the one with the smallest rate."""
+    """The fit with the highest accuracy on the validation split, of several the one that went on, or the one with the smallest rate."""
     sound = [i for i, fit in enumerate(fits) if not fit.diverged]
-    best = max(sound, key=lambda i: fits[i].reached, default=None)
+    best = max(sound, key=lambda i: (fits[i].reached, fits[i].step), default=None)
     return Outcome(tuple(fits), best, {} if best is None else states[best])
 
 

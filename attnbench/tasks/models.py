@@ -66,7 +66,7 @@ def recipe(case: Case, rate: float) -> Recipe:
     """How a case is trained at one learning rate."""
     settings = DEIT if case.recipe == "deit" else {}
     plain = Recipe(steps=case.steps, rate=rate, batch=case.batch, n=case.n, seed=case.seed, autocast=case.dtype == "bfloat16", **settings)
-    return plain if ":" in case.data else replace(plain, examples=trained.get(case.data).examples or EXAMPLES)
+    return plain if trained.folder(case.data) else replace(plain, examples=trained.get(case.data).examples or EXAMPLES)
 
 
 def fresh(case: Case, task: TrainedTask) -> TinyTransformer:

@@ -1,17 +1,29 @@
 """Pathfinder: do the two dots lie on the same dashed path?
 
-An image holds two long paths of 14 dashes each, both with two tips, and shorter distractors. Two tips carry a dot: both tips of one path
-(class 1), or one tip of each (class 0). Pixels are 0 or 1, one token a pixel, row by row.
+An image holds two long paths of equally many dashes, both with two tips, and shorter distractors. Two tips carry a dot: both tips of one
+path (class 1), or one tip of each (class 0). Pixels are 0 or 1, one token a pixel, row by row.
 
-Difficulty, from the settings of Long Range Arena (14 dashes, the hardest): at 32 x 32 dashes of 2 pixels, dots of radius 1.5 and 5
-distractors of 4 dashes; at 64 x 64 dashes of 5 pixels, dots of radius 2.5 and 5 distractors of 4 dashes; one blank pixel between dashes.
-Smaller images, for quick looks, hold shorter and fewer paths. `group` is the distance of the dots in pixels.
-Linsley et al. 2018, https://arxiv.org/abs/1805.08315; Tay et al. 2021, https://arxiv.org/abs/2011.04006.
+Levels are those of Long Range Arena. Plain `pathfinder` is the hard one, and `pathfinder:hard` another name of it.
 
-Departures: drawn by code of our own, without grey levels. Lengths are counted in moves of a king, so that a dash has exactly so many
-pixels, a gap is exactly one, and at least two blank pixels part what is not the same path; the answer then follows from the pixels alone.
-Every image of class 1 has a partner of class 0 in its batch whose dots lie at the same places, up to 1.5 pixels of 32 and to a turn or a
-mirror image: where they lie tells next to nothing. Taken as they come, the two places alone told the class of 0.7 of images of 32 x 32.
+| level | dashes of a long path | of a distractor | distractors at 32 x 32 | at 64 x 64 |
+| --- | --- | --- | --- | --- |
+| easy | 6 | 2 | 10 | 11 |
+| intermediate | 9 | 3 | 6 | 7 |
+| hard | 14 | 4 | 5 | 5 |
+
+At 32 x 32 dashes have 2 pixels and dots a radius of 1.5, at 64 x 64 5 pixels and 2.5, and one blank pixel lies between dashes. Smaller
+images, for quick looks, hold shorter and fewer paths. `group` is the distance of the dots in pixels.
+Linsley et al. 2018, https://arxiv.org/abs/1805.08315; Tay et al. 2021, https://arxiv.org/abs/2011.04006; settings from their generators:
+https://github.com/google-research/long-range-arena, `lra_benchmarks/data/pathfinder.py` (easy is `curv_baseline`, the others
+`curv_contour_length_9` and `_14`), and https://github.com/drewlinsley/pathfinder, `snakes2_wrapper.py` (6 dashes in `curv_baseline`).
+
+Departures: a distractor has a third of the dashes of a long path, and their number is 20 (at 64 x 64: 22) by these dashes, both rounded
+down, at every level. Long Range Arena states so for 14 dashes alone, and the other generator, which draws 300 x 300 pixels, counts its
+distractors once, for 6 dashes. All is drawn by code of our own, without grey levels. Lengths are counted in moves of a king, so that a
+dash has exactly so many pixels, a gap is exactly one, and at least two blank pixels part what is not the same path; the answer then
+follows from the pixels alone. Every image of class 1 has a partner of class 0 in its batch whose dots lie at the same places, up to 1.5
+pixels of 32 and to a turn or a mirror image: where they lie tells next to nothing. Taken as they come, the two places alone told the class
+of 0.7 of images of 32 x 32 at the hard level.
 
 The suites put a 3 x 3 convolution in front of the blocks (`short_conv`), the conditional encoding of positions of Chu et al. 2021,
 https://arxiv.org/abs/2102.10882: a token is one pixel of a dash and does not know which way the dash goes.
@@ -22,7 +34,8 @@ of the two long paths got stuck is dropped for another; a distractor that got st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -37,9 +50,11 @@ from attnbench.tasks.trained import Batch, TrainedTask, square
 if TYPE_CHECKING:
     from attnbench.tasks.trained import Split
 
+HARD = 14
+"""dashes in a long path of the plain task"""
 _SMALLEST = 16
-_DRAWN_FOR_ONE = 6
-"""scenes begun for one that comes off and finds a partner, about"""
+_FEWEST = 3
+"""dashes in a long path: the dots of a shorter one are nearer to each other than those of two paths ever are"""
 _TOLERANCE = 1.5
 """by how many 32nds of the side the dots of partners may differ in place"""
 
@@ -52,29 +67,35 @@ class Drawing:
     dash: int
     radius: float
     """of the dots"""
-    dashes: int = 14
+    dashes: int
     """in a long path"""
-    distractors: int = 5
+    distractors: int
+    begun: int
+    """scenes begun for one that comes off and finds a partner, about"""
 
     @property
     def short(self) -> int:
         """Dashes of a distractor."""
-        return self.dashes // 3
+        return max(1, self.dashes // 3)
 
 
-def drawing(n: int) -> Drawing:
-    """Sizes for N pixels. Raises `UserError` where N is no square or too small for two paths."""
+def drawing(n: int, dashes: int = HARD) -> Drawing:
+    """Sizes for N pixels, and for paths of `dashes` from 32 x 32 on. Raises `UserError` where N is no square or too small for two paths."""
     side, _ = square(n)
     if side < _SMALLEST:
         raise UserError(f"pathfinder needs at least {_SMALLEST} x {_SMALLEST} = {_SMALLEST**2} pixels, not {n}: set n to 1024 or 4096")
+    begun = 6 if dashes == HARD else 4
+    dash, radius, spread = (2, 1.5, 20) if side < 64 else (5, 2.5, 22)
+    distractors = spread // (dashes // 3)
     if side < 32:
-        return Drawing(side, 2, 1.5, 14 * n // 1024 + 1, 5 * n // 1024)
-    return Drawing(side, 2, 1.5) if side < 64 else Drawing(side, 5, 2.5)
+        return Drawing(side, dash, radius, max(_FEWEST, dashes * n // 1024 + 1), distractors * n // 1024, begun)
+    return Drawing(side, dash, radius, dashes, distractors, begun)
 
 
-def batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
+def batch(split: Split, index: int, size: int, n: int, seed: int, *, dashes: int = HARD) -> Batch:
     """Images and whether their dots are connected, as many of each class. Raises `UserError` for N that is no square."""
-    sizes, rng = drawing(n), generator("pathfinder", split, index, size, n, seed)
+    sizes = drawing(n, dashes)
+    rng = generator("pathfinder" if dashes == HARD else f"pathfinder of {dashes}", split, index, size, n, seed)
     even = size + size % 2
     parts = [_scenes(rng, even, sizes)]
     while (missing := even - sum(len(part[0]) for part in parts)) > 0:
@@ -92,7 +113,7 @@ def batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
 
 def _scenes(rng: np.random.Generator, most: int, sizes: Drawing) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Up to `most` scenes of either class in turn: ink `[B, W, W]`, places of the dots `[B, 2]` and classes `[B]`."""
-    canvas = _dashes.Canvas((most + 16) * _DRAWN_FOR_ONE, sizes.side)
+    canvas = _dashes.Canvas((most + 16) * sizes.begun, sizes.side)
     tips = np.zeros((len(canvas.ink), 0, 2), np.int64)
     for _ in range(2):
         pixels, ok = _dashes.grow(rng, canvas, sizes.dashes, sizes.dash, sizes.radius)
@@ -151,3 +172,11 @@ TASK = TrainedTask(
     batch=batch,
     group="distance",
 )
+
+LEVELS = {
+    **{
+        level: replace(TASK, name=f"pathfinder:{level}", title=f"Pathfinder, {level}", batch=partial(batch, dashes=dashes))
+        for level, dashes in (("easy", 6), ("intermediate", 9))
+    },
+    "hard": TASK,
+}

@@ -5,20 +5,20 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
 from attnbench.errors import UserError, unknown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from torch import Tensor
 
 Split = Literal["train", "validation", "test"]
 NAMES = ("mqar", "listops", "pathfinder", "digits", "images")
-"""Modules of this package that export a `TASK`."""
+"""Modules of this package that export a `TASK`; also `LEVELS`, where it has some by name, or `open_folder`, where it reads one."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class TrainedTask:
     """A task that a small transformer learns from its training split and is judged by on its test split."""
 
     name: str
-    """the file name"""
+    """the file name, or `NAME:LEVEL`"""
     title: str
     kind: Literal["sequence", "image", "pixels"]
     """`sequence` of token ids; `image`: a grid of patches; `pixels`: a grid of one token a pixel"""
@@ -91,6 +91,11 @@ class TrainedTask:
     notes: Callable[[], list[str]] = list
     """what the data set has to say once it was read, such as files that are damaged"""
 
+    @property
+    def stem(self) -> str:
+        """The name as part of the name of a file."""
+        return self.name.replace(":", "-")
+
     def available(self, split: Split) -> int:
         """Examples of a held-out split that there are; 0 where they are drawn without end."""
         return max(self.tested, self.held_out) if split == "test" else self.held_out
@@ -114,12 +119,33 @@ def square(n: int) -> tuple[int, int]:
 
 
 def get(name: str) -> TrainedTask:
-    """The task `name`, or `name:PATH` where it reads a folder; its module is imported now. Raises `UserError`."""
-    name, _, path = name.partition(":")
+    """The task `name`, `name:LEVEL` where it has levels, or `name:PATH` where it reads a folder. Raises `UserError`."""
+    name, module, word = _parted(name)
+    levels: Mapping[str, TrainedTask] = getattr(module, "LEVELS", {})
+    if word in levels:
+        return levels[word]
+    if word and levels:
+        raise unknown(f"level of {name}", word, levels)
+    if word and not hasattr(module, "open_folder"):
+        raise UserError(f"task {name} reads no folder and has no levels: leave out {word}")
+    task: TrainedTask = module.open_folder(word).task if word else module.TASK
+    return task
+
+
+def folder(name: str) -> str:
+    """The PATH of `name:PATH`, which is not looked into; empty for a task that is drawn. Raises `UserError` for an unknown task."""
+    _, module, word = _parted(name)
+    return word if hasattr(module, "open_folder") else ""
+
+
+def by_name(task: TrainedTask) -> bool:
+    """Whether its name is enough for another process to get this very task."""
+    return task.name.partition(":")[0] in NAMES and get(task.name) is task
+
+
+def _parted(text: str) -> tuple[str, Any, str]:
+    """`NAME` or `NAME:WORD` -> the name, its module, which is imported now, and the word. Raises `UserError`."""
+    name, _, word = text.partition(":")
     if name not in NAMES:
         raise unknown("trained task", name, NAMES)
-    module = import_module(f"attnbench.tasks.{name}")
-    if path and not hasattr(module, "open_folder"):
-        raise UserError(f"task {name} reads no folder: leave out {path}")
-    task: TrainedTask = module.open_folder(path).task if path else module.TASK
-    return task
+    return name, import_module(f"attnbench.tasks.{name}"), word
