@@ -202,8 +202,11 @@ class CellRunner:
         return timing.CudaClock(bound, cold=cold)
 
 
-def setup(device: str, protocol: Protocol, plugins: tuple[Path, ...], checkpoints: Path | None = None) -> CellRunner:
-    """Make a worker ready: plugins, NVML, and on the CPU a memory limit and one core left to the rest of the machine."""
+def setup(device: str, protocol: Protocol, plugins: tuple[Path, ...], checkpoints: Path | None = None, number: int = 0) -> CellRunner:
+    """Make a worker ready: plugins, NVML, and on the CPU a memory limit and one core left to the rest of the machine.
+
+    `number` tells workers beside each other apart: they take the GPUs that are alike in turn.
+    """
     add_plugins(plugins)
     if device == "cpu":
         limit_host_memory()
@@ -211,7 +214,15 @@ def setup(device: str, protocol: Protocol, plugins: tuple[Path, ...], checkpoint
             torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
         return CellRunner(device, protocol, checkpoints=checkpoints)
     torch.cuda.init()
+    torch.cuda.set_device(_gpu(number))
     return CellRunner(device, protocol, environment.Monitor(), checkpoints)
+
+
+def _gpu(number: int) -> int:
+    """The GPU of a worker, among those of the same kind as the first, whose environment all records name."""
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    alike = [i for i, name in enumerate(names) if name == names[0]]
+    return alike[number % len(alike)]
 
 
 def facts(device: str, timed: bool = True) -> dict[str, Any]:

@@ -62,12 +62,14 @@ class Cells:
     plugins: tuple[Path, ...] = ()
     checkpoints: Path | None = None
     """folder of models that are being trained; None keeps none"""
+    number: int = 0
+    """tells cells beside each other apart, which take the GPUs of the machine in turn"""
     hear: Hear = lambda *_: None
     """called with how far a running cell is"""
 
     def __post_init__(self) -> None:
         arguments = (self.device, self.protocol, self.plugins)
-        self._measuring = Worker(cell.setup, (*arguments, self.checkpoints))
+        self._measuring = Worker(cell.setup, (*arguments, self.checkpoints, self.number))
         # another process, because a profiler that was once on may slow down what is timed later
         self._profiling = Worker(breakdown.setup, arguments)
 
@@ -157,7 +159,7 @@ class Local:
 
 @dataclass
 class Several:
-    """Some cells at a time on one device of this machine, each in a process of its own: for cells that are not timed.
+    """Some cells at a time on the devices of this machine, each in a process of its own: for cells that are not timed.
 
     A cell that runs out of memory beside others runs once more when none is beside it, before any other starts.
     """

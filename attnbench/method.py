@@ -98,7 +98,8 @@ class Method:
     no_budget: str = ""
     """why no budget sets how many units a query reads, although parameters change it"""
     builder: Callable[..., nn.Module] | None = None
-    """`(shape, params) -> nn.Module` with forward `(q, k, v)`, where that module is more than the operator and its `weights`"""
+    """`(shape, params) -> nn.Module` with forward `(q, k, v)`, where that module is more than the operator and its `weights`. Layers call
+    it outside autocast, so that it casts weights of its own to the dtype of its input."""
     exact: bool = False
     """whether it computes softmax attention itself"""
     selective: bool = False

@@ -104,7 +104,7 @@ def _here(suite: Suite, device: str, plugins: Sequence[Path], checkpoints: Path,
     """This machine. Raises `UserError` where cells that are timed were to run beside each other."""
     if concurrent > 1 and suite.task != TRAINED and suite.protocol.timed:
         raise UserError(f"suite {suite.name} times its cells, which would slow each other down: leave out --concurrent, or add --untimed")
-    cells = [executor.Cells(device, suite.protocol, tuple(plugins), checkpoints) for _ in range(concurrent)]
+    cells = [executor.Cells(device, suite.protocol, tuple(plugins), checkpoints, number) for number in range(concurrent)]
     if concurrent == 1:
         return executor.Local(cells[0])
     return executor.Several(cells)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import conv2d, scaled_dot_product_attention
 
 from attnbench.eager import attend, expand_heads, masked_softmax, take, wide
 from attnbench.fastweights import Bank, FastWeights
@@ -156,7 +156,11 @@ class NystromAttention(AttentionModule):
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`q, k, v: [B, H, N, D]` -> `[B, H, N, Dv]`."""
         out = super().forward(q, k, v)
-        return out if self.conv is None else out + self.conv(expand_heads(q, k, v)[1])
+        if self.conv is None:
+            return out
+        values = expand_heads(q, k, v)[1]
+        kernel = self.conv.weight.to(v.dtype)  # no autocast is on here that would cast it
+        return out + conv2d(values, kernel, padding=self.conv.padding, groups=self.conv.groups)
 
 
 METHOD = Method(

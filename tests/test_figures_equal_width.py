@@ -9,7 +9,7 @@ import pytest
 import synthetic
 
 from attnbench import frame, suite_file
-from attnbench.figures import equal_width
+from attnbench.figures import equal_width, planned
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,3 +99,12 @@ def test_without_budgets_there_is_no_such_figure(table: Any) -> None:
     assert list(equal_width.groups(without)) == []
     assert equal_width.data(table.drop(columns="budget")).empty
     assert [g.suite for g in equal_width.groups(table)] == ["equal-width"]
+
+
+def test_figures_that_would_name_every_setting_are_drawn_only_when_asked_for(table: Any) -> None:
+    names = {module.NAME for module, _ in planned(table)}
+    assert "equal_width" in names
+    assert names.isdisjoint({"fidelity", "pareto", "recall"})
+    assert {module.NAME for module, _ in planned(table, ["fidelity", "pareto"])} == {"fidelity", "pareto"}
+    one = table[table["budget"].map(lambda asked: asked in ((), (64,)))]
+    assert {"fidelity", "pareto"} <= {module.NAME for module, _ in planned(one)}, "one budget is one setting a method"

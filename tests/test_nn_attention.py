@@ -168,6 +168,21 @@ def test_operators_run_outside_autocast_in_its_dtype() -> None:
     assert layer.qkv.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("conv", [0, 3])
+def test_a_module_of_a_method_runs_outside_autocast_too_and_casts_its_own_weights(conv: int) -> None:
+    layer = AttentionLayer(DIM, HEADS, "nystromformer", landmarks=4)
+    layer.operator = attnbench.get("nystromformer").build(Shape(1, HEADS, 16, DIM // HEADS), landmarks=4, conv=conv)
+    x, inside = tokens(16, torch.float32), []
+    layer.operator.register_forward_pre_hook(lambda *_: inside.append(torch.is_autocast_enabled("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    out.float().square().sum().backward()
+    assert inside == [False]
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.float(), layer(x), rtol=0.05, atol=0.05)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
 def neighbours(v: Tensor, weight: Tensor, bias: Tensor, sides: tuple[int, int]) -> Tensor:
     """A 3 x 3 depthwise convolution of `[N, C]`, one token at a time."""
     out = []

@@ -9,10 +9,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 from cli_support import call
 from runner_support import QUICK, suite, sweep
 
-from attnbench import executor, isolate, runner, store
+from attnbench import cell, executor, isolate, runner, store
 from attnbench.case import Case
 from attnbench.cli._progress import Reporter
 from attnbench.errors import UserError
@@ -215,3 +216,13 @@ def test_an_attempt_that_asks_for_less_has_nothing_taken_apart_again(tmp_path: P
     assert [bool(r.breakdown) for r in sweep(whole, tmp_path).records] == [True]
     sweep(suite("softmax"), tmp_path)
     assert sweep(whole, tmp_path, resume=True).resumed == 1
+
+
+def test_processes_beside_each_other_take_the_gpus_that_are_alike_in_turn(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ["H200", "display", "H200"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(names))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: names[i])
+    assert [cell._gpu(number) for number in range(5)] == [0, 2, 0, 2, 0]
+    place = runner._here(suite("softmax", protocol=replace(QUICK, timed=False)), "cuda", [], tmp_path, 3)
+    assert [cells.number for cells in place.cells] == [0, 1, 2]
+    assert [cells._measuring.arguments[-1] for cells in place.cells] == [0, 1, 2]

@@ -176,13 +176,13 @@ def test_swap_ins_have_a_table_of_their_own_and_are_in_no_other(loaded: pd.DataF
 def test_pruned_shares_are_those_of_the_records_by_layer_and_by_length(loaded: pd.DataFrame) -> None:
     rows = loaded[loaded["suite"] == "pruning"]
     drawn = pruned.data(rows)
-    own = rows[(rows["data"] == "digits") & (rows["steps"] == 3000) & rows["budget"].map(lambda b: 32 in b) & (rows["method"] == "topk")]
+    own = rows[(rows["data"] == "digits") & (rows["steps"] == 2000) & rows["budget"].map(lambda b: 32 in b) & (rows["method"] == "topk")]
     shares = np.array([t.pruned for t in own["training"]])
-    found = drawn[(drawn["panel"] == "digits, steps=3000, N=1024") & (drawn["series"] == "Top-k, budget=32")].sort_values("n")
+    found = drawn[(drawn["panel"] == "digits, steps=2000, N=1024") & (drawn["series"] == "Top-k, budget=32")].sort_values("n")
     assert found["value"].tolist() == pytest.approx(shares.mean(0).tolist())
     assert found["low"].tolist() == pytest.approx(shares.min(0).tolist())
     by_length = pruned_length.data(rows)
-    whole = by_length[(by_length["panel"] == "digits, steps=3000") & (by_length["series"] == "Top-k, budget=32")]
+    whole = by_length[(by_length["panel"] == "digits, steps=2000") & (by_length["series"] == "Top-k, budget=32")]
     assert whole[["n", "value"]].to_numpy().tolist() == [[1024, pytest.approx(shares.mean())]]
     load = busiest.data(rows)
     assert set(load["n"]) == {0, 1, 2, 3}

@@ -53,7 +53,9 @@ Executor = Annotated[Place, typer.Option("--executor", help="Run here, or on all
 Address = Annotated[
     str | None, typer.Option("--address", metavar="HOST:PORT", help="The Ray cluster. Default: $RAY_ADDRESS, else this machine's.")
 ]
-Concurrent = Annotated[int, typer.Option("--concurrent", metavar="K", min=1, help="Cells at once on one device, where none is timed.")]
+Concurrent = Annotated[
+    int, typer.Option("--concurrent", metavar="K", min=1, help="Cells at once, where none is timed; over all GPUs that are alike.")
+]
 
 
 def run(
@@ -95,7 +97,7 @@ def run(
     chosen = _protocol(chosen, {"timeout_s": timeout, "budget_s": budget_s, **flags})
     part = Shard.parse(shard) if shard else None
     if executor is Place.RAY and concurrent > 1:
-        raise UserError("--concurrent is for one device of this machine, a cluster has one cell on each: leave it out")
+        raise UserError("--concurrent is for this machine, a cluster has one cell on each device: leave it out")
     if distributed.rank():
         distributed.follow(pick_device(device), plugin)
         distributed.depart()

@@ -80,15 +80,28 @@ TALL = 1.6
 """Height over width beyond which a figure of one column is drawn as wide as two: a page would scale it down until nobody reads it."""
 
 
+_AT_EQUAL_WIDTH = frozenset({"fidelity", "pareto", "recall"})
+"""Figures that name every setting of a method, which are many where budgets chose them: `equal_width` draws a line through them."""
+
+
 def planned(table: pd.DataFrame, names: Sequence[str] = ()) -> list[tuple[FigureModule, series.Group]]:
-    """What may be drawn of a table: every figure, or those named, with each group that it takes. Raises `UserError` for unknown names."""
+    """What may be drawn of a table: those figures that are named, each with the groups that it takes, or all that are of use.
+
+    Raises `UserError` for unknown names.
+    """
     from attnbench.errors import UserError
 
     known = modules()
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"there is no figure {unknown[0]!r}: they are {', '.join(known)}")
     chosen = [module for name, module in known.items() if name in names or not names] if len(table) else []
-    return [(module, group) for module in chosen for group in parts(module, table)]
+    found = [(module, group) for module in chosen for group in parts(module, table)]
+    return [(module, group) for module, group in found if names or module.NAME not in _AT_EQUAL_WIDTH or not _budgets(group.rows)]
+
+
+def _budgets(rows: pd.DataFrame) -> bool:
+    """Whether parameters were set by several budgets."""
+    return "budget" in rows and len({units for asked in rows["budget"] for units in asked}) > 1
 
 
 def told(one: tuple[FigureModule, series.Group]) -> str:

@@ -200,7 +200,7 @@ class SwappedAttention(nn.Module):
             raise UserError(f"{self.method.name} in this model takes no mask: give images of one size, or restore(model)")
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
         q, k = (x if norm is None else norm(x) for x, norm in ((q, self.q_norm), (k, self.k_norm)))
-        out = _operator.mix(self.method, self.operator, q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
+        out = _operator.mix(self.operator, q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2)
         out = out if self.norm is None else self.norm(out)
         out = out if self.gate is None else out * self.gate(x).sigmoid()
         mixed: Tensor = self.proj_drop(self.proj(out))

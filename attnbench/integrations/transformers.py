@@ -203,7 +203,7 @@ class AttentionFunction:
 
     def _run(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, params: Params) -> Tensor:
         if not (self.method.weights or self.method.builder):
-            return mix(self.method, lambda q, k, v: self.method.dispatch(q, k, v, params), q, k, v)
+            return mix(lambda q, k, v: self.method.dispatch(q, k, v, params), q, k, v)
         layers, own = _preparing.get(), module._modules.get(_OWN)
         if layers is not None and all(module is not layer for layer in layers):
             own = self._owner(q, k, v, params)
@@ -215,7 +215,7 @@ class AttentionFunction:
                 raise UserError(
                     f"{self.name} has learned parameters: call attnbench.integrations.transformers.prepare(model, inputs...) first"
                 )
-        return mix(self.method, own.operator, q, k, v)
+        return mix(own.operator, q, k, v)
 
     def _owner(self, q: Tensor, k: Tensor, v: Tensor, params: Params) -> _Owner:
         shape = Shape.of(q, k, v)

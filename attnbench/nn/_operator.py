@@ -58,10 +58,10 @@ def build(method: Method, heads: int, dim: int, tokens: int | None, params: dict
     return built[0]
 
 
-def mix(method: Method, operator: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The operator, outside autocast unless the method brings a module of its own, whose weights only autocast would cast."""
+def mix(operator: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The operator, outside autocast: what it computes in float32 stays so, and a module of a method casts its own weights."""
     device = q.device.type
-    if method.builder is not None or device not in _AUTOCAST or not torch.is_autocast_enabled(device):
+    if device not in _AUTOCAST or not torch.is_autocast_enabled(device):
         return operator(q, k, v)
     with torch.autocast(device, enabled=False):
         return operator(q, k, v)

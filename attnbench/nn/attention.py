@@ -160,7 +160,7 @@ class AttentionLayer(nn.Module):
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The operator alone, `[B, H, N, D]`, as wide in values as v."""
-        return _operator.mix(self.method, self.operator, q, k, v)
+        return _operator.mix(self.operator, q, k, v)
 
     def extra_repr(self) -> str:
         """Sizes, the method and what differs from a plain layer."""

@@ -5,25 +5,24 @@ path (class 1), or one tip of each (class 0). Pixels are 0 or 1, one token a pix
 
 Levels are those of Long Range Arena. Plain `pathfinder` is the hard one, and `pathfinder:hard` another name of it.
 
-| level | dashes of a long path | of a distractor | distractors at 32 x 32 | at 64 x 64 |
-| --- | --- | --- | --- | --- |
-| easy | 6 | 2 | 10 | 11 |
-| intermediate | 9 | 3 | 6 | 7 |
-| hard | 14 | 4 | 5 | 5 |
+| level | dashes of a long path | of a distractor |
+| --- | --- | --- |
+| easy | 6 | 2 |
+| intermediate | 9 | 3 |
+| hard | 14 | 4 |
 
-At 32 x 32 dashes have 2 pixels and dots a radius of 1.5, at 64 x 64 5 pixels and 2.5, and one blank pixel lies between dashes. Smaller
-images, for quick looks, hold shorter and fewer paths. `group` is the distance of the dots in pixels.
+There are 5 distractors. At 32 x 32 dashes have 2 pixels and dots a radius of 1.5, at 64 x 64 5 pixels and 2.5, and one blank pixel lies
+between dashes. Smaller images, for quick looks, hold shorter and fewer paths. `group` is the distance of the dots in pixels.
 Linsley et al. 2018, https://arxiv.org/abs/1805.08315; Tay et al. 2021, https://arxiv.org/abs/2011.04006; settings from their generators:
 https://github.com/google-research/long-range-arena, `lra_benchmarks/data/pathfinder.py` (easy is `curv_baseline`, the others
 `curv_contour_length_9` and `_14`), and https://github.com/drewlinsley/pathfinder, `snakes2_wrapper.py` (6 dashes in `curv_baseline`).
 
-Departures: a distractor has a third of the dashes of a long path, and their number is 20 (at 64 x 64: 22) by these dashes, both rounded
-down, at every level. Long Range Arena states so for 14 dashes alone, and the other generator, which draws 300 x 300 pixels, counts its
-distractors once, for 6 dashes. All is drawn by code of our own, without grey levels. Lengths are counted in moves of a king, so that a
-dash has exactly so many pixels, a gap is exactly one, and at least two blank pixels part what is not the same path; the answer then
-follows from the pixels alone. Every image of class 1 has a partner of class 0 in its batch whose dots lie at the same places, up to 1.5
-pixels of 32 and to a turn or a mirror image: where they lie tells next to nothing. Taken as they come, the two places alone told the class
-of 0.7 of images of 32 x 32 at the hard level.
+Departures: distractors are counted once, for the hard level, since Long Range Arena states their number for that level alone, and the other
+generator, which draws 300 x 300 pixels, counts them once too; a distractor has a third of the dashes of a long path, rounded down. All is
+drawn by code of our own, without grey levels. Lengths are counted in moves of a king, so that a dash has exactly so many pixels, a gap is
+exactly one, and at least two blank pixels part what is not the same path; the answer then follows from the pixels alone. Every image of
+class 1 has a partner of class 0 in its batch whose dots lie at the same places, up to 1.5 pixels of 32 and to a turn or a mirror image:
+where they lie tells next to nothing. Taken as they come, the two places alone told the class of 0.7 of images of 32 x 32 at the hard level.
 
 The suites put a 3 x 3 convolution in front of the blocks (`short_conv`), the conditional encoding of positions of Chu et al. 2021,
 https://arxiv.org/abs/2102.10882: a token is one pixel of a dash and does not know which way the dash goes.
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
 HARD = 14
 """dashes in a long path of the plain task"""
 _SMALLEST = 16
+_DISTRACTORS = 5
 _FEWEST = 3
 """dashes in a long path: the dots of a shorter one are nearer to each other than those of two paths ever are"""
 _TOLERANCE = 1.5
@@ -85,11 +85,10 @@ def drawing(n: int, dashes: int = HARD) -> Drawing:
     if side < _SMALLEST:
         raise UserError(f"pathfinder needs at least {_SMALLEST} x {_SMALLEST} = {_SMALLEST**2} pixels, not {n}: set n to 1024 or 4096")
     begun = 6 if dashes == HARD else 4
-    dash, radius, spread = (2, 1.5, 20) if side < 64 else (5, 2.5, 22)
-    distractors = spread // (dashes // 3)
+    dash, radius = (2, 1.5) if side < 64 else (5, 2.5)
     if side < 32:
-        return Drawing(side, dash, radius, max(_FEWEST, dashes * n // 1024 + 1), distractors * n // 1024, begun)
-    return Drawing(side, dash, radius, dashes, distractors, begun)
+        return Drawing(side, dash, radius, max(_FEWEST, dashes * n // 1024 + 1), _DISTRACTORS * n // 1024, begun)
+    return Drawing(side, dash, radius, dashes, _DISTRACTORS, begun)
 
 
 def batch(split: Split, index: int, size: int, n: int, seed: int, *, dashes: int = HARD) -> Batch:
