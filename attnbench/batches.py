@@ -39,6 +39,14 @@ class Prepared:
     mask: Tensor | None
     """`[B, N]` bool: tokens that are no padding; None where every token is one, or where each has its own class"""
 
+    def shares(self) -> Tensor:
+        """`[T]` float: what each target adds to a mean over examples of the means over their targets; of a class a token."""
+        assert self.positions is not None, "a class an example has one target each"
+        count, n = self.inputs.shape[:2]
+        row, used = self.positions // n, (self.targets != IGNORED).float()
+        asked = torch.zeros(count, device=used.device).index_add(0, row, used)
+        return used / asked.index_select(0, row).clamp(min=1) / (asked > 0).sum()
+
     def to(self, device: str) -> Prepared:
         """On a device, without waiting for it where memory is pinned."""
         return self._each(lambda x: x.to(device, non_blocking=True))

@@ -63,7 +63,7 @@ class Trainer:
     """why steps may not be captured in a CUDA graph; empty where they may"""
 
     def __post_init__(self) -> None:
-        self._entropy: Callable[[Tensor, Tensor], Tensor] = _entropy
+        self._entropy: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _entropy
         self.model.to(self.device)
         self.group = distributed.current()
         if self.device != "cpu" and not self.group.why_eager:
@@ -150,7 +150,7 @@ class Trainer:
     def _loss(self, batch: Prepared) -> tuple[Tensor, Tensor]:
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.recipe.autocast):
             scores = self._parallel(batch.inputs, batch.positions, batch.mask)
-        return self._entropy(scores, batch.targets), scores
+        return self._entropy(scores, batch.targets, batch.shares() if self.task.alike else None), scores
 
     def wait(self) -> None:
         """Until all steps taken are done."""
@@ -281,8 +281,10 @@ class Trainer:
             torch.cuda.set_rng_state(state["random"]["cuda"])
 
 
-def _entropy(scores: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(scores.float(), targets)
+def _entropy(scores: Tensor, targets: Tensor, shares: Tensor | None) -> Tensor:
+    if shares is None:
+        return cross_entropy(scores.float(), targets)
+    return (cross_entropy(scores.float(), targets, reduction="none") * shares).sum()
 
 
 def _random(device: str) -> dict[str, Tensor]:

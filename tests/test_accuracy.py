@@ -242,7 +242,7 @@ def test_methods_with_a_grid_get_the_grid_of_the_image(tmp_path: Path) -> None:
         ("depth = 1", 'depth = 1\ntrained_with = "mita:topk"', "'topk' sets no parameter"),
         ("depth = 1", 'depth = 1\ntrained_with = "mita:top=3"', "unknown parameter 'top' in mita"),
         ("depth = 1", 'depth = 1\ncausal = "perhaps"', "causal = 'perhaps' must be true or false"),
-        ('data = "pathfinder"', 'data = "mqar:/a/folder"', "task mqar reads no folder"),
+        ('data = "pathfinder"', 'data = "listops:/a/folder"', "task listops reads no folder"),
         ('data = "pathfinder"', 'data = "images:/not/there"', "/not/there"),
     ],
 )

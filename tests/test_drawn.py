@@ -7,14 +7,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from training_support import noise, recipe, task
+from torch.nn.functional import cross_entropy
+from training_support import model, noise, recipe, task
 
 from attnbench import drawn
 from attnbench.batches import IGNORED, Prepared, prepared
 from attnbench.data import Data, order
 from attnbench.drawn import Key
 from attnbench.tasks import trained
-from attnbench.train import Recipe
+from attnbench.train import Recipe, Trainer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -62,6 +63,33 @@ def test_a_model_scores_picked_batches_as_drawn_ones() -> None:
     assert len(picked.targets) == 300 > len(plain.targets)
     losses = [torch.nn.functional.cross_entropy(own(b.inputs, b.positions, b.mask), b.targets) for b in (plain, picked)]
     torch.testing.assert_close(losses[1], losses[0])
+
+
+def test_examples_count_the_same_however_much_they_ask_for() -> None:
+    """Shares of the loss, of batches as drawn and as picked with room for more, against the mean of means."""
+    own, settings = trained.get("mqar:graded"), small("mqar", n=64)
+    picked = Data(own, replace(settings, steps=50), "cpu").picked(torch.tensor(2))
+    plain = prepared(own, "train", 2, settings)
+    assert len(picked.targets) > len(plain.targets)
+    for batch in (plain, picked):
+        losses = torch.rand(len(batch.targets))
+        rows, used = batch.positions // 64, batch.targets != IGNORED
+        means = [losses[used & (rows == row)].mean() for row in range(8)]
+        torch.testing.assert_close((losses * batch.shares()).sum(), torch.stack(means).mean())
+
+
+def test_a_task_whose_examples_count_the_same_is_trained_so() -> None:
+    def loss(alike: bool) -> float:
+        own = model(per_token=True)
+        trainer = Trainer(own, task(batch=noise, per_token=True, alike=alike), recipe(steps=1))
+        batch = prepared(trainer.task, "train", 0, trainer.recipe)
+        shares = batch.shares() if alike else torch.full((len(batch.targets),), 1 / len(batch.targets))
+        want = (cross_entropy(own(batch.inputs, batch.positions), batch.targets, reduction="none") * shares).sum()
+        got = trainer.step(batch)
+        torch.testing.assert_close(got, want.detach())
+        return float(got)
+
+    assert loss(alike=True) != loss(alike=False)
 
 
 def test_a_set_is_gone_through_whole_and_in_another_order_each_time() -> None:

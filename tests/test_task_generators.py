@@ -15,6 +15,7 @@ from attnbench.tasks import digits, images, listops, mqar, pathfinder, trained
 SPLITS = ("train", "validation", "test")
 DIGESTS = {
     "mqar": "17f0342bf482e1bb",
+    "mqar:graded": "b8f984b1031f7f19",
     "listops": "9fa4b3150f554842",
     "pathfinder": "a45a2ece6ac41197",
     "pathfinder:easy": "a53d32d606bf2290",
@@ -22,7 +23,7 @@ DIGESTS = {
 }
 """of 5 training examples with seed 0: what was measured on one machine is drawn again on another"""
 GENERATED = tuple(DIGESTS)
-SIZES = {name: {"mqar": 256, "listops": 512}.get(name, 1024) for name in GENERATED}
+SIZES = {name: {"mqar": 256, "listops": 512}.get(name.partition(":")[0], 1024) for name in GENERATED}
 LEVELS = {"easy": (6, 2), "intermediate": (9, 3), "hard": (14, 4)}
 """dashes of a long path and of a distractor"""
 
@@ -64,8 +65,9 @@ def test_batches_look_as_the_task_says(name):
 
 
 @pytest.mark.parametrize("n", [16, 256, 1024])
-def test_recall_is_answered_by_a_dictionary_that_reads_from_the_left(n):
-    batch = mqar.TASK.batch("train", 0, 10, n, 0)
+@pytest.mark.parametrize("name", ["mqar", "mqar:graded"])
+def test_recall_is_answered_by_a_dictionary_that_reads_from_the_left(name, n):
+    batch = trained.get(name).batch("train", 0, 10, n, 0)
     for tokens, targets, mask, groups in zip(batch.inputs.tolist(), batch.targets.tolist(), batch.mask.tolist(), batch.groups, strict=True):
         known, answers = {}, {}
         for at, token in enumerate(tokens):
@@ -89,6 +91,13 @@ def test_recall_asks_each_key_once_and_hides_the_answers():
     assert torch.equal(tokens[mask].sort().values, keys.sort().values)
     assert (tokens[1:][mask[:-1]] == mqar.MASK).all()
     assert int((tokens != mqar.MASK).sum()) == 3 * count, "all but pairs and questions is empty"
+
+
+@pytest.mark.parametrize(("n", "pairs"), [(4, [1]), (16, [4]), (64, [4, 8, 16]), (1024, [4, 8, 16, 32, 64, 128, 256])])
+def test_graded_recall_doubles_the_pairs_from_four_on(n, pairs):
+    task = trained.get("mqar:graded")
+    assert task.alike
+    assert task.batch("train", 0, 2 * len(pairs), n, 0).mask.sum(1).tolist() == 2 * pairs
 
 
 def test_recall_gaps_follow_the_power_law():
@@ -298,7 +307,7 @@ def test_only_a_folder_is_a_folder():
     [
         ("pathfinder:eazy", "unknown level of pathfinder 'eazy': did you mean easy?"),
         ("pathfinder:7", "unknown level of pathfinder '7': choose from easy, hard, intermediate"),
-        ("mqar:easy", "task mqar reads no folder and has no levels: leave out easy"),
+        ("listops:easy", "task listops reads no folder and has no levels: leave out easy"),
     ],
 )
 def test_a_level_that_does_not_exist_is_one_line(name, message):

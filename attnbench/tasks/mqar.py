@@ -12,14 +12,19 @@ Difficulty, from Zoology: vocabulary 8192, and at N = 256 between 4 and 64 pairs
 often as the others. `group` is the number of pairs. Arora et al. 2023, https://arxiv.org/abs/2312.04927; empty places as in the
 configurations of their figure 2 (`random_non_queries=False`), https://github.com/HazyResearch/zoology.
 
-The suites put a convolution of width 3 in front of the blocks (`short_conv`), as every model of Arora et al. 2024,
-https://arxiv.org/abs/2402.18668, has one as its first layer: values then know their keys, and a method is asked for recall alone.
+`mqar:graded` asks for 4, 8, 16, ... N/4 pairs, and every example counts the same in its loss, so that few pairs teach what many then need:
+in the configurations of figure 2 of Arora et al. 2024, https://arxiv.org/abs/2402.18668, 100 000 of 180 000 examples have 4 pairs and the
+others 8 to 64.
+
+The suites put a convolution of width 3 in front of the blocks (`short_conv`), as every model of that figure has one as its first layer:
+values then know their keys, and a method is asked for recall alone.
 
 Departures: numbers of pairs are mixed in training, theirs trains on N/16 pairs alone.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -39,6 +44,8 @@ POWER = 0.01
 _KEYS = VOCABULARY // 2
 _SHARES = 64, 32, 16, 8, 4
 """N over numbers of pairs"""
+_FEWEST = 4
+"""pairs of the easiest example of `mqar:graded`"""
 
 
 def pairs(n: int) -> tuple[int, ...]:
@@ -48,9 +55,23 @@ def pairs(n: int) -> tuple[int, ...]:
     return tuple(sorted({max(1, n // share) for share in _SHARES}))
 
 
+def graded(n: int) -> tuple[int, ...]:
+    """Numbers of pairs from 4 on, each twice the one before, up to the most that are asked at N. Raises `UserError` as `pairs` does."""
+    most = pairs(n)[-1]
+    return tuple(sorted({most >> i for i in range(most.bit_length()) if most >> i >= min(_FEWEST, most)}))
+
+
 def batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
     """Examples with each number of pairs in turn; targets are tokens, asked where `mask` is set."""
-    rng, choices = generator("mqar", split, index, size, n, seed), pairs(n)
+    return _batch(generator("mqar", split, index, size, n, seed), pairs(n), index, size, n)
+
+
+def graded_batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
+    """The same with numbers of pairs from 4 on."""
+    return _batch(generator("mqar graded", split, index, size, n, seed), graded(n), index, size, n)
+
+
+def _batch(rng: np.random.Generator, choices: tuple[int, ...], index: int, size: int, n: int) -> Batch:
     count = np.array(choices)[(index * size + np.arange(size)) % len(choices)][:, None]
     most = choices[-1]
     ranks = np.arange(most)[None]
@@ -93,3 +114,5 @@ TASK = TrainedTask(
     batch=batch,
     group="pairs",
 )
+
+LEVELS = {"graded": replace(TASK, name="mqar:graded", title=f"{TASK.title}, graded", batch=graded_batch, alike=True)}

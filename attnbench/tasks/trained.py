@@ -70,6 +70,8 @@ class TrainedTask:
     """whether a token may read only itself and earlier ones to solve it; `both`: the same batches can be solved either way"""
     per_token: bool = False
     """whether targets are `[B, N]`: a class a token, rather than one an example"""
+    alike: bool = False
+    """of a class a token: whether every example counts the same in the loss, rather than every token"""
     grid: Callable[[int], tuple[int, int] | None]
     """N -> (height, width) of the tokens, row by row; None for a sequence. Raises `UserError` for N that is no such grid"""
     chance: float
