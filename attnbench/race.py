@@ -31,7 +31,8 @@ def race(trainers: Sequence[Trainer], end: int | None = None) -> int:
     end = recipe.steps if end is None else end
     if len(trainers) > 1 and recipe.cut < end:
         reached = _together(trainers, recipe.cut)
-        end = _alone(trainers, recipe.cut, end) if reached == recipe.cut else reached
+        done = any(t.fit.upto(reached).reached >= recipe.target for t in trainers)
+        end = reached if done else _alone(trainers, recipe.cut, end)
     else:
         end = _together(trainers, end)
     for trainer in trainers:

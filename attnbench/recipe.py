@@ -60,6 +60,8 @@ class Recipe:
     @property
     def cut(self) -> int:
         """The step, one at which is evaluated, after which only the best of several rates goes on."""
+        if self.rung >= 1:
+            return self.steps
         return min(self.steps, max(1, round(self.rung * self.steps / self.interval)) * self.interval)
 
     def rate_at(self, step: int) -> float:
@@ -126,7 +128,8 @@ class Fit:
     def loss_at(self, step: int) -> float:
         """Loss on the validation split at the last evaluation up to a step; infinite where there is none, or no finite loss by then."""
         found = [loss for at, loss in self.judged if at <= step]
-        return math.inf if not found or (self.diverged and self.step <= step) else found[-1]
+        sound = found and math.isfinite(found[-1]) and not (self.diverged and self.step <= step)
+        return found[-1] if sound else math.inf
 
     def upto(self, step: int) -> Fit:
         """What it was after so many steps; later ones are left out, but for their time."""

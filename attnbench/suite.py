@@ -146,9 +146,11 @@ class Suite:
 
 
 def _of(points: Sequence[Mapping[str, tuple[Any, ...]]], data: str) -> Sequence[Mapping[str, tuple[Any, ...]]]:
-    """The points of a trained task; of one that has none, those of another level of it, else the first of all."""
-    own = [point for point in points if data in point.get("data", ())]
-    return own or [p for p in points if data.partition(":")[0] in {d.partition(":")[0] for d in p.get("data", ())}] or points[:1]
+    """The points of a trained task; of one that has none, those of the first other level of it, else the first of all."""
+    known = [name for point in points for name in point.get("data", ())]
+    alike = [name for name in known if name.partition(":")[0] == data.partition(":")[0]]
+    chosen = data if data in known else next(iter(alike), "")
+    return [point for point in points if chosen in point.get("data", ())] or points[:1]
 
 
 def _at(points: Sequence[Mapping[str, tuple[Any, ...]]], n: int) -> list[Mapping[str, tuple[Any, ...]]]:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from training_support import model, noise, recipe, task
 
-from attnbench.race import _next_size, _stop, race
+from attnbench.race import _next_size, _stop, race, ranked
+from attnbench.recipe import Score
 from attnbench.tasks import learning
 from attnbench.train import Trainer
 
@@ -119,14 +120,14 @@ def test_after_the_cut_only_the_best_goes_on_side_by_side_as_in_turn(tmp_path: P
         assert all(torch.equal(x, in_turn.state[name]) for name, x in together[best].model.state_dict().items())
 
 
-@pytest.mark.parametrize("at", [(10, 0), (20, 0), (33, 2)])
-def test_a_race_that_was_killed_before_or_after_the_cut_ends_as_if_it_had_not_been(tmp_path: Path, at: tuple[int, int]) -> None:
+@pytest.mark.parametrize("at", [10, 20, 33])
+def test_a_race_that_was_killed_before_or_after_the_cut_ends_as_if_it_had_not_been(tmp_path: Path, at: int) -> None:
     whole = [trainer(rate, target=2.0) for rate in RATES]
     race(whole)
     best = [t.fit.step for t in whole].index(60)
 
     def kill(own: Trainer) -> None:
-        if own.fit.step == at[0]:
+        if own.fit.step == at:
             raise KeyboardInterrupt
 
     first = [trainer(rate, tmp_path, target=2.0) for rate in RATES]
@@ -134,7 +135,7 @@ def test_a_race_that_was_killed_before_or_after_the_cut_ends_as_if_it_had_not_be
     with pytest.raises(KeyboardInterrupt):
         race(first)
     second = [trainer(rate, tmp_path, target=2.0) for rate in RATES]
-    assert second[best].fit.step == at[0]
+    assert second[best].fit.step == at
     race(second)
     assert curves([t.fit for t in second]) == curves([t.fit for t in whole])
     third = learning._in_turn(lambda rate: trainer(rate, tmp_path, target=2.0), RATES)
@@ -151,9 +152,63 @@ def test_where_the_best_diverges_after_the_cut_the_next_best_goes_on() -> None:
     assert learning._chosen([t.fit for t in own], [{}, {}]).best == 0
 
 
-@pytest.mark.parametrize(("rung", "cut"), [(1 / 3, 4), (0.01, 4), (0.5, 8), (1.0, 12)])
-def test_the_cut_is_at_an_evaluation(rung: float, cut: int) -> None:
-    assert recipe(rung=rung).cut == cut
+@pytest.mark.parametrize(
+    ("rung", "steps", "cut"), [(1 / 3, 12, 4), (0.01, 12, 4), (0.5, 12, 8), (1.0, 12, 12), (1.0, 41, 41), (1 / 3, 1, 1)]
+)
+def test_the_cut_is_at_an_evaluation_or_the_end(rung: float, steps: int, cut: int) -> None:
+    assert recipe(rung=rung, steps=steps).cut == cut
+
+
+def forged(scores: dict[float, Score], folder: Path | None = None) -> list[Trainer]:
+    """Trainers whose scores on the validation split are given, by rate, from the start."""
+    made = [trainer(rate, folder) for rate in scores]
+    for own in made:
+        own.evaluate = lambda _, score=scores[own.recipe.rate]: score  # type: ignore[method-assign]
+    return made
+
+
+def test_a_target_that_is_reached_at_the_cut_ends_the_race_there_whoever_has_the_smaller_loss() -> None:
+    scores = {1e-3: Score(0.95, 1.0), 1e-2: Score(0.5, 0.5)}
+    own = forged(scores)
+    for one in own:
+        one.evaluate = lambda _, one=one: scores[one.recipe.rate] if one.fit.step >= 20 else Score(0.0, 2.0)  # type: ignore[method-assign]
+    assert race(own) == 20
+    assert [t.fit.step for t in own] == [20, 20]
+    assert learning._chosen([t.fit for t in own], [{}, {}]).best == 0
+
+
+def test_a_validation_loss_that_is_not_finite_ranks_last() -> None:
+    own = forged({1e-4: Score(0.0, 2.0), 1e-3: Score(0.0, float("nan")), 1e-2: Score(0.0, 1.0)})
+    assert race(own) == 60
+    assert [t.fit.step for t in own] == [20, 20, 60]
+    assert ranked([t.fit for t in own], 20) == [2, 0, 1]
+
+
+def test_one_that_went_farther_in_turn_is_judged_where_the_race_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    race(forged({1e-3: Score(0.1, 0.1)}, tmp_path), 20)
+    made = forged({1e-3: Score(0.5, 0.1), 1e-2: Score(0.95, 0.2)}, tmp_path)
+    made[0].fit.validation = [(step, 0.97 if step == 20 else 0.1) for step, _ in made[0].fit.validation]
+    monkeypatch.setattr(learning, "_weights", lambda own: {})
+    outcome = learning._side_by_side(lambda rate: next(t for t in made if t.recipe.rate == rate), [1e-3, 1e-2])
+    assert outcome.best == 1
+    assert [fit.step for fit in outcome.fits] == [5, 5]
+
+
+def test_steps_that_the_last_run_added_after_the_cut_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(learning, "report", told.append)
+    monkeypatch.setattr(learning, "_TELL_S", 0.0)
+    own = [trainer(rate) for rate in RATES]
+    for one, kept in zip(own, (20, 33, 20), strict=True):
+        one.kept = one.fit.step = kept
+    show = learning._Report(60 + 2 * 20)
+    for one in own:
+        show.watch(one)
+    own[1].kept = own[1].fit.step = 50
+    show(own[1])
+    show.watch(own[1])  # in turn it comes back once more
+    show(own[1])
+    assert [(p.done, p.total, p.kept, p.gained) for p in told[1:]] == [(90, 100, 90, True)] * 2
 
 
 def test_the_rung_of_one_lets_all_rates_go_to_the_end() -> None:

@@ -27,13 +27,16 @@ _SHAPES = 256
 def compiled(work: Callable[..., Any]) -> Callable[..., Any]:
     """`work`, compiled at its first call for the sizes that it is then given, and again for others."""
     config: Any = torch._dynamo.config
-    config.recompile_limit, config.accumulated_recompile_limit = _SHAPES, 16 * _SHAPES
+    config.recompile_limit = max(config.recompile_limit, _SHAPES)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 16 * _SHAPES)
     out: Callable[..., Any] = torch.compile(work, dynamic=False)
     return out
 
 
 def fuse(model: TinyTransformer) -> None:
-    """From now on the model computes all but its operators in compiled kernels; hooks of its attention layers are no longer called."""
+    """From now on the model computes all but its operators in compiled kernels, until it is dropped: a copy of it would compute with its
+    weights, and hooks of its attention layers are no longer called. Blocks of the same sizes share what is compiled, unless their
+    `drop_path` differs."""
     if any(not isinstance(block, Block) for block in getattr(model, "blocks", [None])):
         return
     model.begin, model.end = compiled(model.begin), compiled(model.end)  # type: ignore[method-assign]

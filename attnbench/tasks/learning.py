@@ -45,13 +45,13 @@ class Outcome:
 
 
 def train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Outcome:
-    """One model a learning rate, as far as `race` says; the one that ends best is kept.
+    """One model a learning rate, as far as `race` says; the one that was best when it stopped is kept.
 
     On a GPU they train side by side, one after another where they do not fit, or on a CPU: that changes speed alone, see `race`.
     """
     data = Data(task, recipe(case, 1.0), device, folder / DRAWN if folder else None)
     tried = rates(case.rates)
-    show = _Report(case.steps, len(tried))
+    show = _Report(case.steps + (len(tried) - 1) * recipe(case, 1.0).cut)
 
     def trainer(rate: float) -> Trainer:
         path = folder / case.case_id / f"{rate:g}.pt" if folder else None
@@ -68,8 +68,9 @@ def _side_by_side(trainer: Callable[[float], Trainer], tried: Sequence[float]) -
     trainers: list[Trainer] = []
     try:
         trainers += [trainer(rate) for rate in tried]
-        race(trainers)
-        return replace(_chosen([t.fit for t in trainers], [_weights(t) for t in trainers]), together=len(tried))
+        end = race(trainers)
+        fits = [t.fit.upto(end) if end <= t.recipe.cut else t.fit for t in trainers]  # one that was in turn may have gone farther
+        return replace(_chosen(fits, [_weights(t) for t in trainers]), together=len(tried))
     except torch.OutOfMemoryError:
         pass  # only behind it nothing holds what it held
     trainers.clear()
@@ -123,8 +124,9 @@ def _weights(trainer: Trainer) -> dict[str, Tensor]:
 class _Report:
     """Tells whoever runs this cell how far it is, about once a second."""
 
-    def __init__(self, steps: int, models: int) -> None:
-        self.total = steps * models
+    def __init__(self, total: int) -> None:
+        self.total = total
+        """steps of all models, at most"""
         self.heard: dict[float, tuple[int, int, float, float]] = {}
         """rate -> steps taken, steps that a checkpoint holds, loss, accuracy; no model, so that those that are done are let go"""
         self.begun, self.last = 0, 0.0
@@ -134,11 +136,15 @@ class _Report:
         """Tell of this model too."""
         if trainer.recipe.rate not in self.heard:
             self.begun += trainer.kept
+            self._note(trainer)
         trainer.tell = self
         return trainer
 
-    def __call__(self, trainer: Trainer) -> None:
+    def _note(self, trainer: Trainer) -> None:
         self.heard[trainer.recipe.rate] = trainer.fit.step, trainer.kept, trainer.loss, trainer.fit.reached
+
+    def __call__(self, trainer: Trainer) -> None:
+        self._note(trainer)
         now = time.perf_counter()
         if now - self.last < _TELL_S:
             return

@@ -12,9 +12,9 @@ Difficulty, from Zoology: vocabulary 8192, and at N = 256 between 4 and 64 pairs
 often as the others. `group` is the number of pairs. Arora et al. 2023, https://arxiv.org/abs/2312.04927; empty places as in the
 configurations of their figure 2 (`random_non_queries=False`), https://github.com/HazyResearch/zoology.
 
-`mqar:graded` asks for 4, 8, 16, ... N/4 pairs, and every example counts the same in its loss, so that few pairs teach what many then need:
-in the configurations of figure 2 of Arora et al. 2024, https://arxiv.org/abs/2402.18668, 100 000 of 180 000 examples have 4 pairs and the
-others 8 to 64.
+`mqar:graded` asks for N/4 pairs, half of them, a quarter, ... down to 4, and every example counts the same in its loss, so that few pairs
+teach what many then need: in the configurations of figure 2 of Arora et al. 2024, https://arxiv.org/abs/2402.18668, 100 000 of 180 000
+examples have 4 pairs and the others 8 to 64.
 
 The suites put a convolution of width 3 in front of the blocks (`short_conv`), as every model of that figure has one as its first layer:
 values then know their keys, and a method is asked for recall alone.
@@ -45,7 +45,7 @@ _KEYS = VOCABULARY // 2
 _SHARES = 64, 32, 16, 8, 4
 """N over numbers of pairs"""
 _FEWEST = 4
-"""pairs of the easiest example of `mqar:graded`"""
+"""pairs of the easiest example of `mqar:graded`, at least"""
 
 
 def pairs(n: int) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def pairs(n: int) -> tuple[int, ...]:
 
 
 def graded(n: int) -> tuple[int, ...]:
-    """Numbers of pairs from 4 on, each twice the one before, up to the most that are asked at N. Raises `UserError` as `pairs` does."""
+    """Numbers of pairs: the most that are asked at N, and halves of it down to 4. Raises `UserError` as `pairs` does."""
     most = pairs(n)[-1]
     return tuple(sorted({most >> i for i in range(most.bit_length()) if most >> i >= min(_FEWEST, most)}))
 
@@ -67,7 +67,7 @@ def batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
 
 
 def graded_batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
-    """The same with numbers of pairs from 4 on."""
+    """The same with numbers of pairs as `graded` has them."""
     return _batch(generator("mqar graded", split, index, size, n, seed), graded(n), index, size, n)
 
 
