@@ -32,15 +32,17 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounterWithBacke
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("method", ["softmax", "mita"])
 @pytest.mark.parametrize("form", FORMS)
-def test_a_fused_model_computes_what_it_computed_before(counted, method: str, form: dict[str, Any]) -> None:
+def test_a_fused_model_computes_what_it_computed_before(counted, method: str, form: dict[str, Any], autocast: bool) -> None:
     plain, fused = model(method, **form), model(method, **form)
     fusing.fuse(fused)
     inputs = torch.randint(32, (3, N))
     positions = torch.arange(5) if form.get("per_token") else None
     mask = None if positions is not None else torch.arange(N)[None] < torch.tensor([[N], [9], [3]])
-    outputs = [own(inputs, positions, mask) for own in (plain, fused)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = [own(inputs, positions, mask) for own in (plain, fused)]
     torch.testing.assert_close(*outputs)
     for out in outputs:
         out.square().sum().backward()
