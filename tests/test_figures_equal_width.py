@@ -65,7 +65,12 @@ def test_the_figure_draws_its_data_a_panel_a_length_and_profile(table: Any) -> N
         part = drawn[(drawn["profile"] == profile) & (drawn["n"] == {"1k": 1024, "4k": 4096}[n]) & ~drawn["exact"]]
         points = {tuple(xy) for line in axes.lines if line.get_marker() != "None" for xy in line.get_xydata()}
         assert points == set(zip(part["time_ms"], part["rel_error"], strict=True))
-        assert {t.get_text() for t in axes.texts} == set(part["series"])
+        exact = drawn[(drawn["profile"] == profile) & (drawn["n"] == part["n"].iloc[0]) & drawn["exact"]]
+        rivals = [*zip(part["time_ms"], part["rel_error"], strict=True), *((t, 0.0) for t in exact["time_ms"])]
+        front = [p.series for p in part.itertuples() if not any(
+            t <= p.time_ms and e <= p.rel_error and (t, e) != (p.time_ms, p.rel_error) for t, e in rivals
+        )]  # fmt: skip
+        assert {t.get_text() for t in axes.texts} == set(front) == set(part.loc[part["front"], "series"])
     caption = figure.get_supxlabel().replace("\n", " ")
     assert "Hidden units that a query reads: 64, 256, larger markers for more; fixed by the method: " in caption
     assert "InLine, Linear, MHLA, PolaFormer, cosFormer." in caption
@@ -73,6 +78,14 @@ def test_the_figure_draws_its_data_a_panel_a_length_and_profile(table: Any) -> N
     assert "MoBA: topk=2" in caption
     assert "Failed: 4 spark (oom)" in caption
     assert "Further than 15% from the budget: PVT 77 for 64 at N=1k." in caption
+
+
+def test_few_methods_are_all_named(table: Any) -> None:
+    own = table[table["method"].isin(["softmax", "mita", "agent", "topk"])]
+    figure = equal_width.build(own)
+    assert figure is not None
+    for axes in (a for a in figure.axes if a.get_title()):
+        assert {t.get_text() for t in axes.texts} == {"MiTA", "MiTA, routed=False", "MiTA, shared=False", "Agent", "Top-k"}
 
 
 def test_cells_without_times_stand_in_rows(table: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from attnbench import earned, frame, joining, series
-from attnbench.figures import _panel
+from attnbench.figures import _front, _panel
 from attnbench.figures._place import Name, annotate
 from attnbench.figures._style import WIDTHS, look, paper, variants, wrapped
 from attnbench.figures.accuracy import conditions, over_seeds, point
@@ -51,7 +50,7 @@ class Against:
         rows, others = earned.asked(frame.current(table)), table[table["task"] != earned.TASK]
         rows = rows[rows["steps"] > 1] if len(rows) else rows  # one step is a model that has learned nothing
         found = [p for _, part in rows.groupby(["panel", "n"], sort=True) for p in self._points(part, others)]
-        drawn = pd.DataFrame(_with_front(found))
+        drawn = pd.DataFrame(_front.marked(found, ["panel"], lambda p: (p["cost"], -p["value"])))
         return drawn.sort_values("panel", key=lambda c: c.map(series.natural), kind="stable") if len(drawn) else drawn
 
     def _points(self, rows: pd.DataFrame, others: pd.DataFrame) -> list[dict[str, Any]]:
@@ -131,15 +130,6 @@ def _entries(drawn: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return {p["series"]: {**look(p["label"], number[p["series"]]), "linestyle": "none"} for p in points}
 
 
-def _with_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mark the points that no other of the panel beats in one quantity without losing in the other."""
-
-    def beaten(p: dict[str, Any], o: dict[str, Any]) -> bool:
-        return o["cost"] <= p["cost"] and o["value"] >= p["value"] and (o["cost"], o["value"]) != (p["cost"], p["value"])
-
-    return [{**p, "front": not any(beaten(p, o) for o in points if o["panel"] == p["panel"])} for p in points]
-
-
 def _plot(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]) -> None:
     """Points with the range over seeds, and the front."""
     axes.set_xscale("log")
@@ -159,8 +149,7 @@ def _plot(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]) ->
 
 def _staircase(part: pd.DataFrame) -> list[tuple[float, float]]:
     front = part[part["front"]].sort_values("cost")
-    corners = list(zip(front["cost"].tolist(), front["value"].tolist(), strict=True))
-    return [corner for (x, y), (after, _) in itertools.pairwise(corners) for corner in ((x, y), (after, y))] + corners[-1:]
+    return _front.stairs(list(zip(front["cost"].tolist(), front["value"].tolist(), strict=True)))
 
 
 def _name(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]) -> None:

@@ -15,7 +15,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from attnbench import frame, series, stats
-from attnbench.figures import _panel, _rungs
+from attnbench.figures import _front, _panel, _rungs
 from attnbench.figures._place import Name, annotate
 from attnbench.figures._style import WIDTHS, length, look, paper, variants, wrapped
 from attnbench.method import Shape
@@ -43,8 +43,9 @@ def groups(table: pd.DataFrame) -> Iterator[series.Group]:
 def data(table: pd.DataFrame) -> pd.DataFrame:
     """What is drawn, one row a point.
 
-    `profile`, `n`, `series` (the method, and parameters away from their defaults that no budget sets), `budget` (units a query, or
-    `fixed`), `width` (units read, as counted), `params`, `time_ms` and `rel_error` (medians over seeds, of forward passes), `exact`.
+    `profile`, `n`, `series` (the method, and parameters away from their defaults that no budget sets), `budget` (units a query or
+    `fixed`), `width` (units read, as counted), `params`, `time_ms` and `rel_error` (medians over seeds, of forward passes), `exact` and
+    `front` (no other point of its profile and length beats it in both time and error).
     """
     if table.empty or "budget" not in table or "rel_error" not in table:
         return pd.DataFrame()
@@ -57,7 +58,7 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
     rows = rows.assign(series=series.labels(rows), budget=rows["budget"].map(lambda b: list(b) or [FIXED])).explode("budget")
     found = [_point(cell) for _, cell in rows.groupby(["profile", "n", "series", "budget"], sort=False)]
     found.sort(key=_order)
-    return pd.DataFrame(found)
+    return pd.DataFrame(_front.marked(found, ["profile", "n"], _front.time_and_error))
 
 
 def _own(rows: pd.DataFrame) -> list[str]:
@@ -164,10 +165,12 @@ def _panel_of(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]
 
 
 def _name(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]) -> None:
-    """The method beside its largest budget."""
-    last = part.groupby("series", sort=False).tail(1).sort_values("time_ms").to_dict("records")
+    """The method beside its largest budget; of many methods those on the front alone, beside their largest there."""
+    many = part["series"].nunique() > _front.FEW
+    own = part[part["front"]] if many else part
+    last = own.groupby("series", sort=False).tail(1).sort_values("time_ms").to_dict("records")
     spots = list(zip(part["time_ms"].tolist(), part["rel_error"].tolist(), strict=True))
-    names = [Name(str(p["series"]), (float(p["time_ms"]), float(p["rel_error"])), False, entries[str(p["series"])]["color"]) for p in last]
+    names = [Name(str(p["series"]), (float(p["time_ms"]), float(p["rel_error"])), many, entries[str(p["series"])]["color"]) for p in last]
     annotate(axes, names, spots)
 
 
@@ -187,6 +190,8 @@ def _caption(drawn: pd.DataFrame, table: pd.DataFrame) -> str:
     parts = [f"{series.describe(table)}, forward. Hidden units that a query reads: {', '.join(map(str, budgets))}, larger markers for more"]
     fixed = sorted(drawn.loc[(drawn["budget"] == FIXED) & ~drawn["exact"], "series"].unique())
     parts[0] += f"; fixed by the method: {', '.join(fixed)}." if fixed else "."
+    if timed(drawn):
+        parts.append(f"Names in panels of more than {_front.FEW} methods: what nothing else beats in both time and error.")
     parts.append(_off(drawn))
     learned = {str(row["method"]) for row in table.to_dict("records") if row.get("learned")}
     if learned:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -11,7 +10,7 @@ from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from attnbench import frame, series, stats
-from attnbench.figures import _panel
+from attnbench.figures import _front, _panel
 from attnbench.figures._place import Name, annotate
 from attnbench.figures._style import WIDTHS, length, look, paper, variants, wrapped
 from attnbench.metrics import METRICS
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAME = "pareto"
-FEW = 10
-"""Up to so many approximate methods a panel every one is named in place, beyond it those on the front."""
 
 
 def groups(table: pd.DataFrame) -> Iterator[series.Group]:
@@ -59,7 +56,7 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
         return pd.DataFrame()
     n = max(common)
     points = _joined(errors[errors["n"] == n], speed[speed["n"] == n], own=own)
-    return pd.DataFrame(_with_front(points)) if points else pd.DataFrame()
+    return pd.DataFrame(_front.marked(points, ["panel"], _front.time_and_error)) if points else pd.DataFrame()
 
 
 def _joined(errors: pd.DataFrame, speed: pd.DataFrame, *, own: bool) -> list[dict[str, Any]]:
@@ -80,22 +77,6 @@ def _joined(errors: pd.DataFrame, speed: pd.DataFrame, *, own: bool) -> list[dic
                     "exact": series.exact(first["method"]),
                 })  # fmt: skip
     return found
-
-
-def _with_front(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mark the points that no other point of the panel beats in one quantity without losing in the other.
-
-    All exact methods count as equally accurate: their errors are rounding.
-    """
-
-    def error(p: dict[str, Any]) -> float:
-        return 0.0 if p["exact"] else float(p["rel_error"])
-
-    def beaten(p: dict[str, Any], other: dict[str, Any]) -> bool:
-        a, b = (other["time_ms"], error(other)), (p["time_ms"], error(p))
-        return a != b and a[0] <= b[0] and a[1] <= b[1]
-
-    return [{**p, "front": not any(beaten(p, o) for o in points if o["panel"] == p["panel"])} for p in points]
 
 
 def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
@@ -186,7 +167,7 @@ def _staircase(part: pd.DataFrame) -> list[tuple[float, float]]:
     front = part[part["front"]].sort_values("time_ms")
     exact, approximate = front[front["exact"]], front[~front["exact"]]
     corners = list(zip(approximate["time_ms"].tolist(), approximate["rel_error"].tolist(), strict=True))
-    path = [corner for (x, y), (after, _) in itertools.pairwise(corners) for corner in ((x, y), (after, y))] + corners[-1:]
+    path = _front.stairs(corners)
     if path and len(exact):
         end = float(exact["time_ms"].min())
         path += [(end, path[-1][1]), (end, path[-1][1] * 1e-6)]
@@ -199,7 +180,7 @@ def _name(main: Axes, strip: Axes, part: pd.DataFrame, entries: dict[str, dict[s
     for axes, exact in ((main, False), (strip, True)):
         rows = part[part["exact"] == exact].sort_values("time_ms").to_dict("records")
         spots = [(float(r["time_ms"]), 0.0 if exact else float(r["rel_error"])) for r in rows]
-        few = len(rows) <= FEW and not exact
+        few = len(rows) <= _front.FEW and not exact
         names = [
             Name(str(r["series"]), spot, bool(r["front"]), entries[str(r["series"])]["color"])
             for r, spot in zip(rows, spots, strict=True)
