@@ -26,6 +26,7 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("nsa", {"compress": 4, "stride": 4, "block": 4, "topk": 3, "window": 1, "causal": True}),
 ]
 IDS = [f"{name}-{'-'.join(f'{k}={v}' for k, v in values.items())}" for name, values in SETTINGS]
+PRACTICAL = {"block_window": "sdpa", "bra": "varlen", "nsa": "varlen"}
 
 
 def tensors(n: int, kv_heads: int = 2, *, heads: int = 4, batch: int = 2, dim: int = 8, dim_v: int = 5, seed: int = 0) -> list[Tensor]:
@@ -39,3 +40,21 @@ def settled(method: Method, values: dict[str, Any], qkv: list[Tensor]) -> Params
     params = method.parse(values).fitted(shape)
     assert params.problems(shape) == []
     return params
+
+
+def stirred(method: Method, params: Params, qkv: list[Tensor]) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(3)
+    drawn = method.initial(Shape.of(*qkv), params, qkv[0])
+    return {name: x + 0.2 * torch.randn(x.shape, generator=g, dtype=x.dtype) for name, x in drawn.items()}
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-11)
+
+
+def cut(sides: tuple[int, int], tile: tuple[int, int]) -> dict[tuple[int, int], list[int]]:
+    """Place of each region -> its tokens."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for t in range(sides[0] * sides[1]):
+        found.setdefault((t // sides[1] // tile[0], t % sides[1] // tile[1]), []).append(t)
+    return found

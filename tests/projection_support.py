@@ -21,6 +21,7 @@ SETTINGS = {
     "pvt": [{"reduction": 3}, {"reduction": 2, "per_head": True}, {"reduction": 4}, {"pool": 3}, {"pool": 2, "per_head": True}],
 }
 CASES = [(name, setting) for name, settings in SETTINGS.items() for setting in settings]
+REPO = {"blocks": 4, "normalizer": "repo"}
 
 
 def make(n, kv_heads=2, *, heads=4, dim=6, dim_v=5, batch=2, seed=0):
@@ -41,3 +42,7 @@ def prepared(name, setting, qkv, seed=3):
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+
+def repeated(x, q):
+    return x.repeat_interleave(q.shape[1] // x.shape[1], 1)

@@ -1,6 +1,4 @@
-"""Figures: what is drawn, where failures stand, and that looks are stable. Pixels are not compared."""
-
-import itertools
+"""Figures: what is drawn, where failures stand, and that files are stable. Pixels are not compared."""
 
 import matplotlib as mpl
 import numpy as np
@@ -8,12 +6,11 @@ import pandas as pd
 import pytest
 import synthetic
 from disk_support import file_size_limit
-from matplotlib.figure import Figure
+from figures_support import axes_with_lines
 
-from attnbench import figures, frame, registry, series, stats
+from attnbench import figures, frame, series, stats
 from attnbench.errors import UserError
 from attnbench.figures import _style, latency, pareto
-from attnbench.figures._place import Name, annotate
 from attnbench.metrics import METRICS
 
 LENGTHS = (1024, 32768, 131072)
@@ -36,10 +33,6 @@ def many(loaded):
 @pytest.fixture(scope="module")
 def few(loaded):
     return loaded[loaded["suite"] == "few"]
-
-
-def axes_with_lines(figure):
-    return [a for a in figure.axes if a.get_xscale() == "log" and a.get_yscale() == "log"]
 
 
 def test_every_module_keeps_the_contract():
@@ -77,27 +70,6 @@ def test_failures_stand_at_their_length_with_their_letter(few):
     texts = {(t.get_position()[0], t.get_text()) for a in figure.axes for t in a.texts}
     assert texts == {(32768, "O"), (131072, "S"), (131072, "T")}
     assert all(status in _style.LETTERS for status in latency.data(few)["status"].unique() if status != "ok")
-
-
-def test_no_line_is_drawn_through_a_failure(tmp_path):
-    cells = [synthetic.case("softmax", n=n) for n in (128, 256, 512, 1024, 2048)]
-    records = [synthetic.failed(c, "timeout") if c.n == 512 else synthetic.ok(c, 1e-3) for c in cells]
-    figure = latency.build(frame.load(synthetic.write(tmp_path, "s", records))[0])
-    assert figure is not None
-    assert sorted(tuple(line.get_xdata()) for line in axes_with_lines(figure)[0].lines) == [(128, 256), (1024, 2048)]
-
-
-def test_unequal_survivors_are_never_averaged(tmp_path):
-    cells = [synthetic.case("topk", task="fidelity", n=128, seed=s) for s in (0, 1, 2)]
-    good = [synthetic.ok(c, 1e-3, metrics={"rel_error": 0.1 * (c.seed + 1)}) for c in cells]
-    module = figures.modules()["fidelity"]
-    whole = module.data(frame.load(synthetic.write(tmp_path / "a", "f", good))[0])
-    assert whole[["value", "low", "high"]].to_numpy().tolist() == [pytest.approx([0.2, 0.1, 0.3])]
-    other = synthetic.ok(synthetic.case("linear", task="fidelity", n=128), 1e-3, metrics={"rel_error": 0.5})
-    torn = module.data(frame.load(synthetic.write(tmp_path / "b", "f", [*good[:2], synthetic.failed(cells[2], "oom"), other]))[0])
-    topk = torn[torn["method"] == "topk"]
-    assert topk["status"].tolist() == ["oom"]
-    assert topk["value"].isna().all()
 
 
 def test_many_series_become_panels_by_family_with_the_best_dense_time(many, few):
@@ -208,78 +180,6 @@ def test_pareto_names_who_is_missing(loaded):
     assert "same parameters: Sliding window; xFormers" in caption
 
 
-def test_markers_depend_on_the_name_alone_and_differ_within_a_family():
-    assert _style.marker("softmax") == "o"
-    methods = registry.registry().found.values()
-    for _, group in itertools.groupby(sorted(methods, key=lambda m: m.family), key=lambda m: m.family):
-        names = [m.name for m in group]
-        assert len({str(_style.marker(n)) for n in names}) == len(names), names
-    assert len(set(_style.COLOURS.values())) == len(_style.COLOURS)
-
-
-def test_implementations_share_marker_and_colour_and_differ_otherwise():
-    looks = [_style.look(label) for label in ("softmax", "softmax@cudnn", "softmax@flash", "softmax@efficient", "softmax@math")]
-    assert len({(str(x["marker"]), x["color"]) for x in looks}) == 1
-    assert len({x["fillstyle"] for x in looks}) == len(looks)
-    assert _style.look("nobody@knows")["color"].upper() == _style.COLOURS[None]
-
-
-def test_names_keep_clear_of_points_and_of_each_other():
-
-    figure = Figure(figsize=(4, 3))
-    axes = figure.add_subplot()
-    points = [(0.5 + 0.02 * i, 0.5 + 0.01 * i) for i in range(6)]
-    axes.set(xlim=(0, 1), ylim=(0, 1))
-    figure.draw_without_rendering()
-    annotate(axes, [Name(f"point {i}", p, bool(i % 2), "k") for i, p in enumerate(points)], points)
-    figure.draw_without_rendering()
-    from matplotlib.text import Text
-
-    boxes = [Text.get_window_extent(t) for t in axes.texts]
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    assert not any(box.contains(*axes.transData.transform(p)) for box in boxes for p in points)
-
-
-def test_wide_names_do_not_touch():
-    from matplotlib.text import Text
-
-    figure = Figure(figsize=(4, 3))
-    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1))
-    figure.draw_without_rendering()
-    points = [(0.40, 0.5), (0.43, 0.5), (0.47, 0.5)]
-    annotate(axes, [Name(text, p, True, "k") for text, p in zip(("MMMM", "MWMW", "MoBA"), points, strict=True)], points)
-    figure.draw_without_rendering()
-    boxes = [Text.get_window_extent(t).padded(figure.dpi / 72 * 0.5) for t in axes.texts]
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-
-
-def test_lines_to_names_cross_neither_points_nor_names():
-    from attnbench.figures._place import _away, _cost, _crosses
-
-    point, name, beside, window = (10.0, 10.0), (40.0, 6.0, 60.0, 14.0), (40.0, 40.0, 60.0, 48.0), (0.0, 0.0, 100.0, 100.0)
-    between = (20.0, 7.0, 26.0, 13.0)
-    own = (7.0, 7.0, 13.0, 13.0)
-    assert _away(name, point)
-    assert _crosses(point, name, between)
-    assert not _crosses(point, beside, between)
-    assert not _crosses(point, name, own), "every line begins at its point"
-    assert _cost(name, [own, between], window, point) > _cost(beside, [own, between], window, point)
-    assert _cost(name, [own], window, point) < _cost(beside, [own], window, point)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "ticks"), [(0.7, 1.2, ["0.7", "0.8", "0.9", "1"]), (0.7, 6, ["1", "2", "5"]), (0.7, 200, ["1", "10", "100"])]
-)
-def test_narrow_axes_have_ticks(low, high, ticks):
-
-    from attnbench.figures import _panel
-
-    axes = Figure().add_subplot(xscale="log", xlim=(low, high))
-    _panel.plain(axes.xaxis)
-    shown = axes.xaxis.get_majorticklocs()
-    assert [axes.xaxis.get_major_formatter()(v) for v in shown if low <= v <= high] == ticks
-
-
 def test_of_one_length_a_row_a_series_is_drawn(many):
     rows = many[many["n"] == LENGTHS[-1]]
     drawn, figure = latency.data(rows), latency.build(rows)
@@ -311,11 +211,6 @@ def test_shares_of_the_roofline_above_one_are_explained(few):
     assert efficiency.data(few)["value"].max() < 1
     assert "Above 1:" in figure.get_supxlabel()
     assert "Above 1:" not in plain.get_supxlabel()
-
-
-@pytest.mark.parametrize(("n", "text"), [(196, "196"), (784, "784"), (1024, "1k"), (3136, "3136"), (262144, "256k"), (2**20, "1M")])
-def test_ticks(n, text):
-    assert _style.length(n) == text
 
 
 def test_draw_all_writes_stable_files_and_the_data(few, tmp_path):
@@ -350,11 +245,3 @@ def test_the_users_own_settings_change_nothing(few):
     assert figure is not None
     assert other is not None
     assert [a.xaxis.label.get_size() for a in figure.axes] == [a.xaxis.label.get_size() for a in other.axes]
-
-
-def test_nothing_measured_is_said(tmp_path):
-    table = frame.load(synthetic.write(tmp_path, "s", [synthetic.failed(synthetic.case("softmax"), "oom")]))[0]
-    with pytest.raises(UserError, match="nothing to draw"):
-        figures.draw_all(table, tmp_path / "f")
-    with pytest.raises(UserError, match="nothing to draw"):
-        figures.draw_all(pd.DataFrame(), tmp_path / "f")

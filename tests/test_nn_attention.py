@@ -1,114 +1,22 @@
-"""The layer around a method: projections, positions, convolution and gate, the same for all methods."""
+"""The layer around a method: projections, autocast, positions, convolution and gate, the same for all methods."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import doctest
-import pickle
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 import torch
+from layer_support import DIM, HEADS, tokens
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import attnbench
 import attnbench.nn.attention
-from attnbench import registry
-from attnbench.errors import UserError
-from attnbench.method import Method, Params, Shape, param
+from attnbench.method import Shape
 from attnbench.nn import AttentionLayer
 from attnbench.nn._rotary import angles, rotate
-
-N, DIM, HEADS = 64, 16, 2
-COMPILER = "aot_eager"
-"""traces and differentiates as inductor does, without the minutes of compiling C++"""
-
-UNTRACED = {"performer": "draws its directions from a generator of its own, which torch.compile does not trace"}
-
-
-def settings(method: Method, n: int = N) -> dict[str, Any]:
-    """Parameters that fit so many tokens; those that the layer itself tells the method are left out."""
-    values = method.parse({}).fitted(Shape(1, HEADS, n, DIM // HEADS)).as_dict()
-    return {name: x for name, x in values.items() if name not in ("causal", "prefix", "grid")}
-
-
-@pytest.fixture(params=attnbench.methods())
-def layer(request: pytest.FixtureRequest) -> AttentionLayer:
-    """One layer of each method, run by its definition."""
-    torch.manual_seed(0)
-    method = attnbench.get(f"{request.param}@eager")
-    shape = Shape(1, HEADS, N, DIM // HEADS)
-    if reasons := method.limits.reasons(shape, torch.float64, "cpu", method.parse({}).fitted(shape)):
-        pytest.skip("; ".join(reasons))
-    return AttentionLayer(DIM, HEADS, method.label, tokens=N, **settings(method)).double()
-
-
-def tokens(n: int = N, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(2, n, DIM, generator=torch.Generator().manual_seed(1), dtype=dtype)
-
-
-def grads(module: nn.Module, x: Tensor) -> dict[str, Tensor | None]:
-    """Gradients of the input and of every parameter."""
-    x = x.detach().clone().requires_grad_()
-    named = {"x": x, **dict(module.named_parameters())}
-    out = module(x)
-    found = torch.autograd.grad(out.square().sum(), list(named.values()), allow_unused=True)
-    return dict(zip(named, found, strict=True))
-
-
-def test_any_method_keeps_the_shape_and_passes_gradients(layer: AttentionLayer) -> None:
-    x = tokens()
-    out = layer(x)
-    assert (out.shape, out.dtype) == (x.shape, x.dtype)
-    assert out.isfinite().all()
-    found = grads(layer, x)
-    for name in ("x", "qkv.weight", "proj.weight", "proj.bias"):
-        grad = found[name]
-        assert grad is not None, name
-        assert grad.isfinite().all(), name
-        assert grad.abs().max() > 0, name
-
-
-def test_any_method_gets_the_same_projections(layer: AttentionLayer) -> None:
-    own = {"qkv.weight": (3 * DIM, DIM), "proj.weight": (DIM, DIM), "proj.bias": (DIM,)}
-    assert {name: tuple(x.shape) for name, x in layer.named_parameters() if not name.startswith("operator.")} == own
-
-
-def test_any_method_can_be_compiled_whole(layer: AttentionLayer) -> None:
-    if reason := UNTRACED.get(layer.method.name):
-        pytest.skip(reason)
-    torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True, backend=COMPILER)
-    x = tokens()
-    torch.testing.assert_close(compiled(x), layer(x))
-    for name, grad in grads(compiled, x).items():
-        torch.testing.assert_close(grad, grads(layer, x)[name.removeprefix("_orig_mod.")], msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_any_method_can_be_checkpointed(layer: AttentionLayer) -> None:
-    class Checkpointed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.layer, x, use_reentrant=False)
-
-    for (name, got), want in zip(grads(Checkpointed(), tokens()).items(), grads(layer, tokens()).values(), strict=True):
-        torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
-
-
-def test_any_method_can_be_copied_saved_and_loaded(layer: AttentionLayer) -> None:
-    x = tokens()
-    again = copy.deepcopy(layer)
-    assert torch.equal(again(x), layer(x))
-    nn.init.zeros_(again.proj.weight)
-    again.load_state_dict(pickle.loads(pickle.dumps(layer.state_dict())), strict=True)
-    assert torch.equal(again(x), layer(x))
 
 
 def dense(layer: AttentionLayer, x: Tensor) -> Tensor:
@@ -276,112 +184,6 @@ def test_dropout_acts_in_training_alone() -> None:
     layer.proj_drop.p = 0.0
     assert not torch.equal(layer(x), layer(x))
     torch.testing.assert_close(layer.eval()(x), dense(layer, x))
-
-
-def test_methods_are_told_prefix_grid_and_causality_as_they_ask() -> None:
-    layer = AttentionLayer(DIM, HEADS, "agent", prefix=2, grid=(4, 6), landmarks=4)
-    told = layer.operator.params.as_dict()
-    assert (told["prefix"], told["grid"], told["landmarks"]) == (2, "4x6", 4)
-    q, k, v = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in layer.qkv(tokens(26, torch.float32)).chunk(3, -1))
-    want = attnbench.get("agent")(q, k, v, prefix=2, grid="4x6", landmarks=4)
-    assert torch.equal(layer.operator(q, k, v), want)
-    assert AttentionLayer(DIM, HEADS, "linear", causal=True, prefix=2, grid=(4, 6)).operator.params.causal
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class OnGrid(Params):
-    """Of a method that lays all tokens on a grid."""
-
-    grid: str = param("auto", "grid of the tokens")
-
-
-def test_methods_that_lay_all_tokens_on_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = dataclasses.replace(attnbench.get("softmax"), params=OnGrid)
-    monkeypatch.setitem(registry.registry().found, "softmax", fake)
-    for grid, seen in (("4x6", "4x6"), ((4, 6), "4x6"), ("square", "auto"), ("line", "line"), (None, "auto")):
-        assert AttentionLayer(DIM, HEADS, grid=grid).operator.params.grid == seen
-    with pytest.raises(UserError, match="grid = square needs N - prefix to be a square number, not 26"):
-        AttentionLayer(DIM, HEADS, grid="square")(tokens(26, torch.float32))
-    for grid in (None, "square", (4, 6)):
-        with pytest.raises(UserError, match="softmax lays all tokens on its grid"):
-            AttentionLayer(DIM, HEADS, grid=grid, prefix=1)
-    assert AttentionLayer(DIM, HEADS, grid="line", prefix=1)(tokens(26, torch.float32)).shape[1] == 26
-
-
-def learning(monkeypatch: pytest.MonkeyPatch, size: str) -> None:
-    """`softmax` becomes a method whose one learned parameter has the size `n` or `heads` of a shape."""
-
-    def weights(shape: Shape, params: Any, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"gain": torch.rand(getattr(shape, size), generator=generator, dtype=torch.float64)}
-
-    def reference(q: Tensor, k: Tensor, v: Tensor, params: Any, weights: Any = None) -> Tensor:
-        return v * weights["gain"].view((1, 1, -1, 1) if size == "n" else (1, -1, 1, 1))
-
-    fake = dataclasses.replace(attnbench.get("softmax"), weights=weights, reference=reference, implementations=())
-    monkeypatch.setitem(registry.registry().found, "softmax", fake)
-
-
-def test_learned_weights_that_depend_on_the_length_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    learning(monkeypatch, "n")
-    with pytest.raises(UserError, match="give tokens = N or grid"):
-        AttentionLayer(DIM, HEADS)
-    for options in ({"tokens": 13}, {"grid": (3, 4), "prefix": 1}):
-        layer = AttentionLayer(DIM, HEADS, **options)
-        assert layer.operator.weights["gain"].shape == (13,)
-        found = grads(layer, tokens(13, torch.float32))
-        assert found["operator.weights.gain"].abs().min() > 0
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(tokens(13, torch.float32)).dtype == torch.bfloat16
-    torch._dynamo.reset()
-    x = tokens(13, torch.float32)
-    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend=COMPILER)(x), layer(x))
-
-
-def test_learned_weights_that_do_not_take_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    learning(monkeypatch, "heads")
-    layer = AttentionLayer(DIM, HEADS)
-    assert [layer(tokens(n, torch.float32)).shape[1] for n in (7, 30)] == [7, 30]
-
-
-def test_layers_of_one_method_share_a_compiled_graph_and_lengths_get_their_own() -> None:
-    torch._dynamo.reset()
-    layers = [AttentionLayer(DIM, HEADS, "agent@eager", landmarks=4) for _ in range(10)]
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        for layer in layers:
-            torch.compile(layer, fullgraph=True, backend=COMPILER)(tokens(16, torch.float32))
-    for n in (21, 30):
-        x = tokens(n, torch.float32)
-        torch.testing.assert_close(torch.compile(layers[0], fullgraph=True, backend=COMPILER)(x), layers[0](x))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"num_heads": 3}, "num_heads = 3 does not divide dim = 16"),
-        ({"num_heads": 0}, "num_heads = 0 does not divide"),
-        ({"prefix": -1}, "prefix = -1 is below 0"),
-        ({"positions": "rotary-2d"}, "need grid = .height, width. or square"),
-        ({"conv": True}, "need grid = .height, width. or square"),
-        ({"positions": "rotery"}, "did you mean rotary"),
-        ({"positions": "rotary-2d", "grid": "square", "num_heads": 8}, "multiple of 4"),
-        ({"grid": (3, 0)}, "is no height and width"),
-        ({"grid": "3x0"}, "is no height and width"),
-        ({"grid": (3, 4), "tokens": 13}, "needs N - prefix to be 3 x 4 = 12, not 13"),
-        ({"method": "agent", "causal": True}, "agent has no causal form"),
-        ({"method": "agent", "tokens": 10, "landmarks": 11}, "landmarks = 11 exceeds N = 10"),
-        ({"method": "agnt"}, "did you mean agent"),
-        ({"topk": 3}, "unknown parameter 'topk' in softmax"),
-    ],
-)
-def test_mistakes_are_told_when_the_layer_is_made(options: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        AttentionLayer(DIM, **({"num_heads": HEADS} | options))
-
-
-def test_a_grid_that_does_not_fit_the_tokens_is_told() -> None:
-    for layer in (AttentionLayer(DIM, HEADS, grid=(3, 4), conv=True), AttentionLayer(DIM, HEADS, grid="square", positions="rotary-2d")):
-        with pytest.raises(UserError, match=r"needs N - prefix to be .* not 13"):
-            layer(tokens(13, torch.float32))
 
 
 def test_a_layer_says_what_it_is() -> None:
