@@ -29,9 +29,5 @@ def make(method, setting, n=35, kv_heads=4, *, heads=4, dim=6, dim_v=5, dtype=to
     return qkv, params, {name: (x + moved * torch.randn(x.shape, generator=g, dtype=x.dtype)).to(dtype) for name, x in drawn.items()}
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
-
-
 def practical(method):
     return method.function(method.implementation(PRACTICAL[method.name]))

@@ -40,9 +40,5 @@ def prepared(name, setting, qkv, seed=3):
     return method, params, {k: x + 0.1 * torch.randn(x.shape, generator=generator, dtype=x.dtype) for k, x in drawn.items()}
 
 
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
-
-
 def repeated(x, q):
     return x.repeat_interleave(q.shape[1] // x.shape[1], 1)

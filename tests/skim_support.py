@@ -27,7 +27,3 @@ def options(method, qkv, params, seed=3):
         if drawn
         else {}
     )
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from offset_support import DAT, close, make, practical
+from method_support import close
+from offset_support import DAT, make, practical
 from torch.nn.functional import conv2d, gelu, grid_sample, layer_norm, scaled_dot_product_attention
 
 import attnbench

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from offset_support import close, make, practical
+from method_support import close
+from offset_support import make, practical
 
 import attnbench
 from attnbench.method import Shape

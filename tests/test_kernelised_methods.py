@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from attnbench.methods.performer import directions
+from method_support import close
 from torch.nn.functional import conv2d, linear, softplus
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -54,10 +55,6 @@ def stirred(method: Method, qkv: Qkv, params: Params) -> dict[str, torch.Tensor]
 
 def options(weights: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     return {"weights": weights} if weights else {}
-
-
-def close(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 # brute force: what query i weighs key j of `keys` tokens with, one pair at a time, and what it divides by

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from method_support import close
 from torch.nn.functional import conv2d, gelu, layer_norm, silu
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,10 +27,6 @@ def make(method, setting, n=33, kv_heads=2, *, dim=6, dtype=torch.float64, seed=
     params = method.parse(setting)
     drawn = method.initial(Shape.of(*qkv), params, torch.empty(0, dtype=torch.float64))
     return qkv, params, {name: (x + 0.3 * torch.randn(x.shape, generator=g, dtype=x.dtype)).to(dtype) for name, x in drawn.items()}
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 @pytest.fixture(params=["roomy", "tight"])

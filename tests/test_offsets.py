@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from offset_support import CASES, PRACTICAL, close, make, practical
+from method_support import close
+from offset_support import CASES, PRACTICAL, make, practical
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnbench

@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from projection_support import CASES, REPO, SETTINGS, close, make, prepared, repeated
+from method_support import close
+from projection_support import CASES, REPO, SETTINGS, make, prepared, repeated
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, gelu, layer_norm, leaky_relu, linear, pad, scaled_dot_product_attention
 
 import attnbench

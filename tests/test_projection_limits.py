@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from projection_support import CASES, close, make, prepared
+from method_support import close
+from projection_support import CASES, make, prepared
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnbench

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from projection_support import CASES, REPO, close, make, prepared, repeated
+from method_support import close
+from projection_support import CASES, REPO, make, prepared, repeated
 from torch.nn.functional import scaled_dot_product_attention
 
 import attnbench

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from method_support import close, saved_bytes
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnbench
@@ -30,10 +33,6 @@ def make(n, kv_heads=4, *, heads=4, dim=8, dim_v=5, dtype=torch.float64, device=
 
 def fitted(method, setting, causal, qkv):
     return method.parse({**setting, "causal": causal}).fitted(Shape.of(*qkv))
-
-
-def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
 
 
 def gradients(function, qkv, grad):
@@ -229,20 +228,9 @@ def test_cost_of_linear_is_what_torch_counts():
 @pytest.mark.parametrize("name", SETTINGS)
 def test_backward_keeps_no_pairs(name):
     """What autograd saves grows with N, not with N x N."""
-    method, saved = attnbench.get(f"{name}@{PRACTICAL[name]}"), []
+    method = attnbench.get(f"{name}@{PRACTICAL[name]}")
     setting = {"topk": {"topk": 2}, "sliding_window": {"window": 4}, "moba": {"block": 64, "topk": 2}}.get(name, {})
-    for n in (256, 512):
-        sizes = {}
-
-        def pack(x, sizes=sizes):
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        qkv = [x.requires_grad_() for x in make(n)]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = method(*qkv, causal=True, **setting)
-        saved.append(sum(sizes.values()))
-        out.sum().backward()
+    saved = [saved_bytes(partial(method, causal=True, **setting), make(n)) for n in (256, 512)]
     assert saved[1] < 2.2 * saved[0]
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from statistics import NormalDist, fmean, pstdev, stdev
 
 import pytest
 import torch
-from skim_support import BOTH, CASES, close, make, options
+from method_support import close, saved_bytes
+from skim_support import BOTH, CASES, make, options
 from torch.nn.functional import softplus
 
 import attnbench
@@ -121,17 +123,6 @@ def test_half_precision_passes_the_gate(name, setting, dtype, causal):
 @pytest.mark.parametrize(("name", "setting"), BOTH)
 def test_backward_keeps_no_pairs(name, setting):
     """What autograd saves grows with N, not with N x N."""
-    method, saved = attnbench.get(f"{name}@chunked"), []
-    for n in (256, 512):
-        sizes = {}
-
-        def pack(x, sizes=sizes):
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        qkv = [x.requires_grad_() for x in make(n)]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            out = method(*qkv, causal=True, **setting)
-        saved.append(sum(sizes.values()))
-        out.sum().backward()
+    method = attnbench.get(f"{name}@chunked")
+    saved = [saved_bytes(partial(method, causal=True, **setting), make(n)) for n in (256, 512)]
     assert saved[1] < 2.2 * saved[0]

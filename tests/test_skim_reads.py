@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from skim_support import BOTH, close, make, options
+from method_support import close
+from skim_support import BOTH, make, options
 from torch.nn.functional import softplus
 
 import attnbench
