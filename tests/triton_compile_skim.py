@@ -40,8 +40,9 @@ def main() -> None:
     ones = dict.fromkeys(("H", "N", "M", "TILES", "SPLITS", "BLOCKS"), 1)
     jobs: list[tuple[Any, dict[str, Any], int, str]] = []
     select = {"G": 1, "J": 0, "D": 64, "BD": 64, "C": 8, "BQ": 64, "BN": 128, "K": 64, "KP": 64, "BB": 512, "BC": 32, "PREC": "tf32"}
-    index = {**select, "J": 4, "D": 32, "BD": 32, "BN": 64, "PREC": "tf32x3", "CAUSAL": True}
-    tiny = {**select, **ones, "CAUSAL": False, "K": 1, "KP": 1, "BB": 1, "BC": 8}
+    select |= {"KC": 64, "LB": 64, "LISTED": 2}
+    index = {**select, "LISTED": 1, "J": 4, "D": 32, "BD": 32, "BN": 64, "PREC": "tf32x3", "CAUSAL": True}
+    tiny = {**select, **ones, "CAUSAL": False, "K": 1, "KP": 1, "BB": 1, "BC": 8, "KC": 1, "LB": 1, "LISTED": 0}
     for kernel in (topk.topk_score_kernel, topk.topk_select_kernel):
         jobs += [(kernel, {**select, "CAUSAL": True}, 4, "bf16"), (kernel, index, 4, "fp32"), (kernel, tiny, 2, "bf16")]
     gathers = {"G": 1, "LISTS": 16, "D": 64, "DV": 64, "BD": 64, "BDV": 64, "BK": 64}

@@ -3,7 +3,8 @@
 Scores are `q . k` (`select_topk`), or those of an indexer of several heads, `sum_j gate_j ReLU(q_j . k)` (`select_indexed`). Exact: every
 key of the top K lies in one of the K chunks of C keys whose largest scores are largest, and every such chunk in one of the K blocks
 likewise. One kernel multiplies tiles of queries and keys and keeps the maximum of each chunk and of each block; the other, one program a
-query, finds the K blocks, then the K chunks in them, computes the scores of their K C keys again and keeps the K largest. Each search
+query, finds the K blocks, then the K chunks in them, computes the scores of their K C keys again and keeps the K largest; where there are
+no more than K blocks, or chunks, none is searched for, and with few chunks the first kernel is not needed. Each search
 is for the K-th largest value, bit by bit, and a prefix sum that compacts what is kept in order. Scores are float32; ties go to the
 earlier key; NaN counts as the smallest. A causal query reads the keys at or before its position; where it sees fewer than K it reads
 them all.
@@ -32,6 +33,8 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_KEYS, MOST_DIM = 256, 128
 SLAB_BYTES = 1 << 30
 """bytes of the maxima that exist at a time"""
+BATCH = 4096
+"""numbers of keys that are scored again at a time"""
 
 
 @triton.jit
@@ -120,9 +123,14 @@ def topk_select_kernel(
     stride_qb, stride_qh, stride_qj, stride_qn, stride_kb, stride_kh, stride_kn,
     H, N, M, first_row, R, BLOCKS,
     G: tl.constexpr, J: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, C: tl.constexpr, BN: tl.constexpr,
-    K: tl.constexpr, KP: tl.constexpr, BB: tl.constexpr, BC: tl.constexpr, CAUSAL: tl.constexpr,
+    K: tl.constexpr, KC: tl.constexpr, KP: tl.constexpr, BB: tl.constexpr, LB: tl.constexpr, BC: tl.constexpr, LISTED: tl.constexpr,
+    CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """The K keys of one query, ascending, then -1; its row of `index` holds the lists of blocks and of chunks on the way."""
+    """The K keys of one query, ascending, then -1; its row of `index` holds the lists of blocks and of chunks on the way.
+
+    LISTED: 2 where blocks and chunks are chosen, 1 where there are no more blocks than K, 0 where there are no more chunks. KC: lanes of
+    chunks kept, LB of blocks kept.
+    """
     i_row = tl.program_id(0).to(tl.int64)
     i_bh, i_q = tl.program_id(0) // R, first_row + tl.program_id(0) % R
     if i_q >= N:
@@ -133,34 +141,43 @@ def topk_select_kernel(
         visible = tl.minimum(i_q + 1, M)
     PER: tl.constexpr = BN // C
     p_list = index + (i_bh.to(tl.int64) * N + i_q) * K
-    # level 1: blocks
-    o_b = tl.arange(0, BB)
-    m_b = o_b * BN < visible
-    b_x = sortable(tl.load(block_top + i_row * BLOCKS + o_b, mask=m_b, other=float("-inf")))
-    n_list = tl.minimum(K, (visible + BN - 1) // BN)
-    b_keep, b_place = keep_top(tl.where(m_b, b_x, 0), n_list)
-    tl.store(p_list + b_place, o_b, mask=b_keep)
-    tl.debug_barrier()
-    # level 2: the chunks of those blocks
-    o_c = tl.arange(0, KP * PER)
-    m_c = o_c // PER < n_list
-    b_c = tl.load(p_list + o_c // PER, mask=m_c, other=0) * PER + o_c % PER
-    m_c = m_c & (b_c * C < visible)
-    b_x = sortable(tl.load(chunk_top + i_row * (BLOCKS * PER) + b_c, mask=m_c, other=float("-inf")))
-    n_list = tl.minimum(K, tl.sum(m_c.to(tl.int32), 0))
-    b_keep, b_place = keep_top(tl.where(m_c, b_x, 0), n_list)
-    tl.debug_barrier()
-    tl.store(p_list + b_place, b_c, mask=b_keep)
-    tl.debug_barrier()
+    if LISTED < 1:  # every block and every chunk is kept
+        n_list = (visible + C - 1) // C
+    else:
+        # level 1: blocks
+        n_list = (visible + BN - 1) // BN
+        if LISTED == 2:
+            o_b = tl.arange(0, BB)
+            m_b = o_b * BN < visible
+            b_x = sortable(tl.load(block_top + i_row * BLOCKS + o_b, mask=m_b, other=float("-inf")))
+            n_list = tl.minimum(K, n_list)
+            b_keep, b_place = keep_top(tl.where(m_b, b_x, 0), n_list)
+            tl.store(p_list + b_place, o_b, mask=b_keep)
+            tl.debug_barrier()
+        # level 2: the chunks of those blocks
+        o_c = tl.arange(0, LB * PER)
+        m_c = o_c // PER < n_list
+        b_c = o_c
+        if LISTED == 2:
+            b_c = tl.load(p_list + o_c // PER, mask=m_c, other=0) * PER + o_c % PER
+        m_c = m_c & (b_c * C < visible)
+        b_x = sortable(tl.load(chunk_top + i_row * (BLOCKS * PER) + b_c, mask=m_c, other=float("-inf")))
+        n_list = tl.minimum(K, tl.sum(m_c.to(tl.int32), 0))
+        b_keep, b_place = keep_top(tl.where(m_c, b_x, 0), n_list)
+        tl.debug_barrier()
+        tl.store(p_list + b_place, b_c, mask=b_keep)
+        tl.debug_barrier()
     # level 3: the keys of those chunks
     o_d = tl.arange(0, BD)
     p_q = q + i_b * stride_qb + i_h * stride_qh + i_q.to(tl.int64) * stride_qn + o_d
     p_k = k + i_b * stride_kb + i_h // G * stride_kh
-    p_score = score + i_row * (KP * C)
+    p_score = score + i_row * (KC * C)
     for start in range(0, n_list * C, BC):
         o_i = start + tl.arange(0, BC)
         m_i = o_i // C < n_list
-        b_key = tl.load(p_list + o_i // C, mask=m_i, other=0) * C + o_i % C
+        b_key = o_i
+        if LISTED > 0:
+            b_key = tl.load(p_list + o_i // C, mask=m_i, other=0) * C + o_i % C
         # [BC, BD]
         b_k = load_rows(p_k, b_key, m_i & (b_key < visible), stride_kn, D, BD).to(tl.float32)
         if J == 0:
@@ -173,9 +190,11 @@ def topk_select_kernel(
                 b_s += tl.load(gate + (i_b * J + j) * N + i_q) * tl.maximum(tl.sum(b_k * b_q[None, :], 1), 0.0)
         tl.store(p_score + o_i, b_s, mask=m_i)
     tl.debug_barrier()
-    o_j = tl.arange(0, KP * C)
+    o_j = tl.arange(0, KC * C)
     m_j = o_j // C < n_list
-    b_key = tl.load(p_list + o_j // C, mask=m_j, other=0) * C + o_j % C
+    b_key = o_j
+    if LISTED > 0:
+        b_key = tl.load(p_list + o_j // C, mask=m_j, other=0) * C + o_j % C
     m_j = m_j & (b_key < visible)
     b_x = sortable(tl.load(p_score + o_j, mask=m_j, other=float("-inf")))
     n_list = tl.minimum(K, tl.sum(m_j.to(tl.int32), 0))
@@ -194,6 +213,11 @@ def _processors(device: torch.device) -> int:
 def _chunk(keys: int, topk: int) -> int:
     """Keys a chunk, where writing the maxima of `keys / C` chunks costs about as much as scoring `K C` keys again."""
     return 2 ** min(4, max(2, round(log2((keys / (24 * topk)) ** 0.5))))
+
+
+def _warps(lanes: int) -> int:
+    """Of a program that searches among so many values."""
+    return 8 if lanes > 4096 else 2 if lanes > 1024 else 1
 
 
 def supported(dim: int, keys: int, topk: int, dtype: torch.dtype) -> list[str]:
@@ -240,27 +264,29 @@ def topk_select(q: Tensor, gate: Tensor, k: Tensor, topk: int, indexer: int, cau
     heads, groups = (1, 1) if indexer else (h, h // k.shape[1])
     top, fp32 = min(topk, m), q.dtype == torch.float32
     block, width = 64 if fp32 or d > 64 else 128, max(16, power(d))
-    chunk, blocks, kept, tile = _chunk(m, top), -(-m // block), power(top), 64
+    chunk, blocks, tile = _chunk(m, top), -(-m // block), 64
+    listed = 2 if blocks > top else int(-(-m // chunk) > top)
+    kept_blocks, kept = (min(power(top), power(-(-m // size))) for size in (block, chunk))
     int_, float_ = {"dtype": torch.int32, "device": q.device}, {"dtype": torch.float32, "device": q.device}
     index = torch.empty(b, heads, n, top, **int_)
-    each = 4 * b * heads * (blocks * (block // chunk + 1) + kept * chunk)
-    rows = min(-(-n // tile) * tile, max(tile, SLAB_BYTES // each // tile * tile))
-    chunk_top = torch.empty(b * heads * rows, blocks * block // chunk, **float_)
-    block_top, score = torch.empty(b * heads * rows, blocks, **float_), torch.empty(b * heads * rows, kept * chunk, **float_)
+    sizes = blocks * block // chunk if listed else 0, blocks if listed else 0, kept * chunk
+    rows = min(-(-n // tile) * tile, max(tile, SLAB_BYTES // (4 * b * heads * sum(sizes)) // tile * tile))
+    chunk_top, block_top, score = (torch.empty(b * heads * rows, size, **float_) for size in sizes)
     stride_q = (q.stride(0), 0, q.stride(1), q.stride(2)) if indexer else (q.stride(0), q.stride(1), 0, q.stride(2))
     tiles, common = rows // tile, {"G": groups, "J": indexer, "D": d, "BD": width, "C": chunk, "BN": block, "CAUSAL": causal}
     splits = min(blocks, max(1, 4 * _processors(q.device) // (b * heads * tiles)))
-    widest = max(power(blocks), kept * (block // chunk), kept * chunk)
+    widest = max(kept * chunk, power(blocks) if listed == 2 else 0, kept_blocks * (block // chunk) if listed else 0)
     with on_device(q):
         for first in range(0, n, rows):
-            topk_score_kernel[(b * heads * tiles * splits,)](
-                q, gate, k, chunk_top, block_top, *stride_q, *k.stride()[:3], heads, n, m, first, rows, tiles, splits, blocks,
-                BQ=tile, PREC="tf32x3" if fp32 else "tf32", **common, num_warps=4, num_stages=3 if block == 128 else 2,
-            )  # fmt: skip
+            if listed:
+                topk_score_kernel[(b * heads * tiles * splits,)](
+                    q, gate, k, chunk_top, block_top, *stride_q, *k.stride()[:3], heads, n, m, first, rows, tiles, splits, blocks,
+                    BQ=tile, PREC="tf32x3" if fp32 else "tf32", **common, num_warps=4, num_stages=3 if block == 128 else 2,
+                )  # fmt: skip
             topk_select_kernel[(b * heads * rows,)](
                 q, gate, k, chunk_top, block_top, index, score, *stride_q, *k.stride()[:3], heads, n, m, first, rows, blocks,
-                K=top, KP=kept, BB=power(blocks), BC=min(32, kept * chunk), **common,
-                num_warps=8 if widest > 4096 else 4 if widest > 1024 else 2,
+                K=top, KC=kept, KP=power(top), BB=power(blocks), LB=kept_blocks, BC=min(BATCH // width, kept * chunk),
+                LISTED=listed, **common, num_warps=_warps(widest),
             )  # fmt: skip
     return index
 
