@@ -75,7 +75,7 @@ class Suite:
         )
 
     def _pointed(self, changed: Mapping[str, tuple[Any, ...]]) -> tuple[Mapping[str, tuple[Any, ...]], ...]:
-        """The points with other values; of a trained task and of a length the points that have it, else the nearest."""
+        """The points with other values; of a trained task and of a length the points that have it, if there are any."""
         kept = self.points
         if "data" in changed and any("data" in point for point in kept):
             having = {name: _of(kept, name) for name in changed["data"]}
@@ -154,10 +154,10 @@ def _of(points: Sequence[Mapping[str, tuple[Any, ...]]], data: str) -> Sequence[
 
 
 def _at(points: Sequence[Mapping[str, tuple[Any, ...]]], n: int) -> list[Mapping[str, tuple[Any, ...]]]:
-    """The points of a length; of a task that has none, those of the lengths that it has first, and any that names no length."""
-    found = []
-    for data in dict.fromkeys(point.get("data") for point in points):
-        own = [point for point in points if point.get("data") == data]
-        having = [point for point in own if n in point.get("n", (n,))]
-        found += having or [point for point in own if point["n"] == own[0]["n"]]
-    return found
+    """The points of a length, and any that names none; where no task has such a point, of each those of the length that it has first."""
+    if any(n in point.get("n", ()) for point in points):
+        return [point for point in points if n in point.get("n", (n,))]
+    first: dict[Any, Any] = {}
+    for point in points:
+        first.setdefault(point.get("data"), point.get("n"))
+    return [point for point in points if point.get("n") == first[point.get("data")]]

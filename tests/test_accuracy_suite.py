@@ -57,7 +57,9 @@ def test_a_length_selects_the_points_that_have_it() -> None:
 
     assert sizes(data=["mqar"], n=["256", "1024"]) == {("mqar", 256, 64), ("mqar", 1024, 32)}
     assert sizes(data=["mqar"], n=["32"]) == {("mqar", 32, 64)}, "no point has it: the first, at that length"
-    assert sizes(n=["4096"]) == {("mqar", 4096, 16), ("pathfinder:easy", 4096, 16), ("listops", 4096, 32), ("digits", 4096, 16)}
+    assert sizes(n=["4096"]) == {("mqar:graded", 4096, 16), ("pathfinder:graded", 4096, 16), ("digits", 4096, 16)}
+    assert sizes(n=["256", "2048"]) == {("mqar", 256, 64), ("listops", 2048, 32)}, "a task without a point of either is left out"
+    assert sizes(data=["listops"], n=["4096"]) == {("listops", 4096, 32)}
     assert sizes(data=["digits"], n=["64"], batch=["8"]) == {("digits", 64, 8)}
 
 
@@ -93,8 +95,8 @@ def test_the_suite_asks_for_every_task_and_method_with_three_seeds() -> None:
     cases = suite_file.load("accuracy").expand()
     assert {c.seed for c in cases} == {0, 1, 2}
     assert {(c.data, c.n) for c in cases} == {
-        *(("mqar", n) for n in (256, 1024, 4096)), ("listops", 2048),
-        *((name, n) for name in ("pathfinder:easy", "digits") for n in (1024, 4096)),
+        ("mqar", 256), ("mqar", 1024), ("mqar:graded", 4096), ("listops", 2048),
+        *((name, n) for name in ("pathfinder:graded", "digits") for n in (1024, 4096)),
     }  # fmt: skip
     assert len({c.rates for c in cases}) == 1, "the same learning rates for every method"
     assert {(dict(c.params)["shared"], dict(c.params)["routed"]) for c in cases if c.method == "mita"} == {

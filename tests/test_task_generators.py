@@ -17,6 +17,7 @@ DIGESTS = {
     "pathfinder": "a45a2ece6ac41197",
     "pathfinder:easy": "a53d32d606bf2290",
     "pathfinder:intermediate": "59746dcb564d99ea",
+    "pathfinder:graded": "46325f39e2f8cbe6",
 }
 """of 5 training examples with seed 0: what was measured on one machine is drawn again on another"""
 
@@ -68,7 +69,7 @@ def test_only_a_folder_is_a_folder():
     ("name", "message"),
     [
         ("pathfinder:eazy", "unknown level of pathfinder 'eazy': did you mean easy?"),
-        ("pathfinder:7", "unknown level of pathfinder '7': choose from easy, hard, intermediate"),
+        ("pathfinder:7", "unknown level of pathfinder '7': choose from easy, graded, hard, intermediate"),
         ("listops:easy", "task listops reads no folder and has no levels: leave out easy"),
     ],
 )

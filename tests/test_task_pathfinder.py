@@ -113,6 +113,30 @@ def test_small_batches_of_pathfinder_are_balanced_too(size, level):
     assert set(counts) == {size // 2, (size + 1) // 2}
 
 
+@pytest.mark.parametrize("n", [1024, 4096])
+def test_graded_pathfinder_has_paths_of_every_grade_and_says_which(n):
+    side, batch, solved = int(n**0.5), trained.get("pathfinder:graded").batch("train", 0, 40, n, 0), []
+    assert torch.bincount(batch.groups).tolist() == [0, 0, 0, 10, 10, 10, 10]
+    assert torch.bincount(batch.groups[batch.targets == 1]).tolist() == [0, 0, 0, 5, 5, 5, 5], "as many of each class in every grade"
+    assert (batch.groups[:10].unique()).numel() > 1, "grades are mixed: a part of a batch has of each"
+    for tokens, target, dashes in zip(batch.inputs, batch.targets.tolist(), batch.groups.tolist(), strict=True):
+        image, sizes = tokens.reshape(side, side).numpy().astype(bool), pathfinder.drawing(n, dashes)
+        paths, found = components(image, 2), dots(image, sizes.radius)
+        pixels = np.bincount(paths.flatten())[1:]
+        assert (pixels >= sizes.dashes * sizes.dash).sum() == 2, "two long paths of so many dashes"
+        if len(found) == 2:
+            assert int(paths[found[0]] == paths[found[1]]) == target
+            solved.append(dashes)
+    assert set(solved) == {3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_graded_pathfinder_fills_small_batches(size):
+    batch = trained.get("pathfinder:graded").batch("train", 1, size, 256, 0)
+    assert batch.inputs.shape == (size, 256)
+    assert set(batch.groups.tolist()) == {pathfinder.drawing(256, 3).dashes}, "at 16 x 16 every path has the fewest dashes"
+
+
 @pytest.mark.parametrize(("n", "words"), [(1000, "no square"), (100, "at least 16 x 16")])
 def test_pathfinder_refuses_images_it_cannot_draw(n, words):
     with pytest.raises(UserError, match=words):
@@ -120,7 +144,7 @@ def test_pathfinder_refuses_images_it_cannot_draw(n, words):
 
 
 def test_levels_of_pathfinder_go_by_name():
-    for level in ("easy", "intermediate"):
+    for level in ("easy", "intermediate", "graded"):
         task = trained.get(f"pathfinder:{level}")
         assert task is trained.get(f"pathfinder:{level}") is pathfinder.LEVELS[level]
         assert (task.name, task.stem) == (f"pathfinder:{level}", f"pathfinder-{level}")

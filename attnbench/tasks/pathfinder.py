@@ -11,6 +11,10 @@ Levels are those of Long Range Arena. Plain `pathfinder` is the hard one, and `p
 | intermediate | 9 | 3 |
 | hard | 14 | 4 |
 
+`pathfinder:graded` has as many images with long paths of 3, 4, 5 and 6 dashes, and `group` is then their number: short paths teach a model
+what long ones need. A softmax that reads 32 x 32 pixels was at chance after 1700 steps of 64 images of the easy level, and began to learn
+after 500 steps of the graded one.
+
 There are 5 distractors. At 32 x 32 dashes have 2 pixels and dots a radius of 1.5, at 64 x 64 5 pixels and 2.5, and one blank pixel lies
 between dashes. Smaller images, for quick looks, hold shorter and fewer paths. `group` is the distance of the dots in pixels.
 Linsley et al. 2018, https://arxiv.org/abs/1805.08315; Tay et al. 2021, https://arxiv.org/abs/2011.04006; settings from their generators:
@@ -33,7 +37,7 @@ of the two long paths got stuck is dropped for another; a distractor that got st
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING
@@ -55,6 +59,8 @@ _SMALLEST = 16
 _DISTRACTORS = 5
 _FEWEST = 3
 """dashes in a long path: the dots of a shorter one are nearer to each other than those of two paths ever are"""
+GRADES = (3, 4, 5, 6)
+"""dashes in the long paths of `pathfinder:graded`"""
 _TOLERANCE = 1.5
 """by how many 32nds of the side the dots of partners may differ in place"""
 
@@ -157,6 +163,17 @@ def _turned(dots: np.ndarray, width: int) -> np.ndarray:
     return flat
 
 
+def graded_batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
+    """Images with each of `GRADES` in turn, about as many of each."""
+    edges = [size * i // len(GRADES) for i in range(len(GRADES) + 1)]
+    parts = []
+    for dashes, begin, end in zip(GRADES, edges, edges[1:], strict=False):
+        part = batch(split, index, end - begin, n, seed, dashes=dashes)
+        parts.append(replace(part, groups=torch.full_like(part.groups, drawing(n, dashes).dashes)))
+    order = torch.from_numpy(generator("order of graded pathfinder", split, index, size, n, seed).permutation(size))
+    return Batch(*(torch.cat([getattr(part, f.name) for part in parts])[order] for f in fields(Batch)))
+
+
 TASK = TrainedTask(
     name="pathfinder",
     title="Pathfinder",
@@ -177,5 +194,6 @@ LEVELS = {
         level: replace(TASK, name=f"pathfinder:{level}", title=f"Pathfinder, {level}", batch=partial(batch, dashes=dashes))
         for level, dashes in (("easy", 6), ("intermediate", 9))
     },
+    "graded": replace(TASK, name="pathfinder:graded", title="Pathfinder, graded", batch=graded_batch, group="dashes"),
     "hard": TASK,
 }
