@@ -70,13 +70,18 @@ def missing() -> dict[str, str]:
 
 @cache
 def commit() -> str:
-    """Short commit of the checkout this runs from, `+` where it has uncommitted changes; empty outside one."""
+    """Short commit of the checkout this runs from, `+` where it has uncommitted changes; empty outside one.
+
+    The variable ATTNBENCH_COMMIT says it of a copy.
+    """
+    if told := os.environ.get("ATTNBENCH_COMMIT", ""):
+        return told
     root = Path(__file__).resolve().parent.parent
     try:
         head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], cwd=root, capture_output=True, text=True, check=True, timeout=10)
         status = subprocess.run(["git", "status", "--porcelain", "-uno"], cwd=root, capture_output=True, text=True, check=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
-        return os.environ.get("ATTNBENCH_COMMIT", "")
+        return ""
     return head.stdout.strip() + ("+" if status.stdout.strip() else "")
 
 

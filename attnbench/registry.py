@@ -171,6 +171,11 @@ def methods() -> list[str]:
     return sorted(registry().found)
 
 
+def built_in(name: str) -> bool:
+    """Whether a method is one of this package, so that its name tells what is in it."""
+    return registry().sources.get(name.partition("@")[0], "").startswith(f"{_builtin_package().__name__}.")
+
+
 def get(name: str) -> Method:
     """The method called `name`, or pinned to one implementation by `name@implementation`.
 

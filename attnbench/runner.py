@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from attnbench import environment, executor, inputs, store
-from attnbench.case import TRAINED, Case
+from attnbench import environment, executor, inputs, registry, store
+from attnbench.case import TRAINED, Case, other_method
 from attnbench.energy import ABSENT
 from attnbench.errors import UserError
 from attnbench.record import Record, Status
@@ -131,6 +131,8 @@ class _Sweep:
 
     def run(self, *, resume: bool, retry: bool) -> Summary:
         """Run them in order, as many at once as the place takes, but the lengths of one series one after another."""
+        if resume and self.suite.task == TRAINED:
+            self._take_over()
         waiting = dict.fromkeys(self._left(self._settled(retry=retry) if resume else {}))
         busy: set[str] = set()
         while waiting or busy:
@@ -150,6 +152,31 @@ class _Sweep:
                 busy.add(self.series[case])
         self._pass_on_notes()
         return self.summary
+
+    def _take_over(self) -> None:
+        """Copy what other suites of these results hold of the very same cells: what training leads to is determined by the case.
+
+        Cells of other methods than built-in ones are left out: what the name of a plugin stands for may have changed.
+        """
+        folder, kept = self.target.path, {r.case for r in self.target.records() if self._sound(r)}
+        for file in sorted(f for f in folder.parent.parent.glob(f"*/{folder.name}/{store.RECORDS}") if f.parent != folder):
+            found = [r for r in self._held(file) if r.case in self.cases and r.case not in kept]
+            for record in found:
+                self.target.append(self._complete(record))
+                kept.add(record.case)
+            if found:
+                self.place.notes.append(f"taken over from suite {file.parent.parent.name}: {len(found)} of the same cells, trained there")
+
+    def _held(self, file: Path) -> list[Record]:
+        """What another suite holds that may be taken over; nothing of a file that is damaged or of another version."""
+        try:
+            return [r for r in store.latest(store.read(file).records) if self._sound(r) and _known(r.case)]
+        except UserError as error:
+            self.place.notes.append(f"nothing is taken over: {error}")
+            return []
+
+    def _sound(self, record: Record) -> bool:
+        return record.env_id == self.env_id and record.status is Status.OK
 
     def _settled(self, *, retry: bool) -> dict[str, Record]:
         """What earlier runs need not have done again, by case."""
@@ -188,15 +215,18 @@ class _Sweep:
 
     def _finish(self, record: Record) -> None:
         """Complete the record, and write it before anything else happens."""
-        case = record.case
-        asked = self.cases[case]
-        source = self.suite.source or self.suite.name
-        record = replace(record, env_id=self.env_id, command=command(source, case, self.device, self.plugins, asked), budget=asked)
+        case, record = record.case, self._complete(record)
         self._remember(record)
         self.target.append(record)
         self.summary.counts[record.status] += 1
         self.summary.records.append(record)
         self.tell(Event("record", self._finished, len(self.cases), case, record))
+
+    def _complete(self, record: Record) -> Record:
+        """With where it ran, and how to run it again."""
+        asked, source = self.cases[record.case], self.suite.source or self.suite.name
+        again = command(source, record.case, self.device, self.plugins, asked)
+        return replace(record, env_id=self.env_id, command=again, budget=asked)
 
     def _remember(self, record: Record) -> None:
         if record.status in _TOO_LARGE and record.kept_steps is None:
@@ -245,3 +275,8 @@ def command(suite: str, case: Case, device: str, plugins: Sequence[Path] = (), b
 
 def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _known(case: Case) -> bool:
+    """Whether the methods of a cell that trains are built in."""
+    return registry.built_in(case.method) and (not case.trained_with or registry.built_in(other_method(case.trained_with)[0].name))

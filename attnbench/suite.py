@@ -75,13 +75,16 @@ class Suite:
         )
 
     def _pointed(self, changed: Mapping[str, tuple[Any, ...]]) -> tuple[Mapping[str, tuple[Any, ...]], ...]:
-        """The points with other values; of a trained task and of a length the points that have it, if there are any."""
-        kept = self.points
-        if "data" in changed and any("data" in point for point in kept):
-            having = {name: _of(kept, name) for name in changed["data"]}
-            kept = tuple({**point, "data": (name,)} for name, points in having.items() for point in points)
+        """The points with other values; of a trained task and of a length the points that have it, if there are any.
+
+        Tasks that are named are asked at every length, each with its own points.
+        """
+        parts = [self.points]
+        if "data" in changed and any("data" in point for point in self.points):
+            parts = [tuple({**point, "data": (name,)} for point in _of(self.points, name)) for name in changed["data"]]
         if "n" in changed:
-            kept = tuple({**point, "n": (n,)} for n in changed["n"] for point in _at(kept, n))
+            parts = [tuple({**point, "n": (n,)} for n in changed["n"] for point in _at(part, n)) for part in parts]
+        kept = [point for part in parts for point in part]
         return tuple({k: v if k in ("data", "n") else changed.get(k, v) for k, v in point.items()} for point in kept)
 
     def _named(self, name: str) -> list[Entry]:

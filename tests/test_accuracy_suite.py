@@ -60,6 +60,8 @@ def test_a_length_selects_the_points_that_have_it() -> None:
     assert sizes(n=["4096"]) == {("mqar:graded", 4096, 16), ("pathfinder:graded", 4096, 16), ("digits", 4096, 16)}
     assert sizes(n=["256", "2048"]) == {("mqar", 256, 64), ("listops", 2048, 32)}, "a task without a point of either is left out"
     assert sizes(data=["listops"], n=["4096"]) == {("listops", 4096, 32)}
+    assert sizes(data=["mqar", "digits"], n=["256"]) == {("mqar", 256, 64), ("digits", 256, 32)}, "a task that is named is not left out"
+    assert sizes(data=["mqar"], n=["256", "512"]) == {("mqar", 256, 64), ("mqar", 512, 64)}
     assert sizes(data=["digits"], n=["64"], batch=["8"]) == {("digits", 64, 8)}
 
 

@@ -41,6 +41,7 @@ CASES = {  # heads, key heads, N, M, D, K, causal, dtype
     "bfloat16": (1, 1, 5, 400, 64, 10, False, torch.bfloat16),
     "float16, wide heads": (1, 1, 4, 200, 128, 7, False, torch.float16),
     "causal, grouped heads": (2, 1, 20, 20, 32, 5, True, torch.float32),
+    "causal, more visible blocks than K": (1, 1, 200, 200, 32, 2, True, torch.float32),
     "causal, more keys than queries": (1, 1, 7, 90, 32, 4, True, torch.float32),
     "many keys a query": (1, 1, 2, 600, 32, 256, False, torch.float32),
     "an odd head dimension": (1, 1, 6, 100, 20, 6, False, torch.float32),
@@ -74,8 +75,9 @@ def test_the_earlier_of_equal_keys_is_taken(n, m, causal):
     q, k = make((1, 1, n, 32), (1, 1, 10, 32))
     k = k.repeat(1, 1, m // 10, 1)  # every key over and over, ten apart: over chunks and over blocks
     assert torch.equal(select_topk(q, k, 14, causal=causal).long(), first_best(grouped(q, k), 14, causal))
-    found = select_topk(q, torch.zeros_like(k), 9, causal=causal)
-    assert torch.equal(found.long(), first_best(torch.zeros(1, 1, n, m, device=DEVICE), 9, causal))
+    for count in (9, 2):  # of few keys blocks and chunks are searched for too
+        found = select_topk(q, torch.zeros_like(k), count, causal=causal)
+        assert torch.equal(found.long(), first_best(torch.zeros(1, 1, n, m, device=DEVICE), count, causal))
 
 
 def test_keys_in_one_place_and_keys_far_apart():

@@ -13,7 +13,7 @@ import torch
 from cli_support import call
 from runner_support import QUICK, suite, sweep
 
-from attnbench import cell, executor, isolate, runner, store
+from attnbench import cell, executor, isolate, registry, runner, store
 from attnbench.case import Case
 from attnbench.cli._progress import Reporter
 from attnbench.errors import UserError
@@ -43,6 +43,59 @@ def test_cells_that_train_run_side_by_side_into_one_store(tmp_path: Path) -> Non
     alone = {r.case.case_id: r.metrics["test_loss"] for r in sweep(s, tmp_path / "alone").records}
     assert {r.case.case_id: r.metrics["test_loss"] for r in records} == alone
     assert sweep(s, tmp_path, concurrent=2, resume=True).resumed == 4
+
+
+def test_a_resumed_run_takes_over_what_another_suite_has_trained(tmp_path: Path) -> None:
+    first = sweep(training("softmax", "linear", steps=(3,)), tmp_path)
+    other, told = replace(training("softmax", "mita", steps=(1, 3)), name="other"), []
+    fresh = sweep(other, tmp_path / "fresh")
+    assert (fresh.resumed, len(fresh.records)) == (0, 4)
+    again = sweep(other, tmp_path, resume=True, tell=told.append)
+    assert (again.resumed, len(again.records)) == (1, 3), "softmax after three steps was trained by the first suite"
+    assert [e.message for e in told if e.kind == "note"] == ["taken over from suite learn: 1 of the same cells, trained there"]
+    (own,) = [r for r in store.read(again.folder / store.RECORDS).records if r.case in {x.case for x in first.records}]
+    (theirs,) = [r for r in first.records if r.case == own.case]
+    assert replace(own, command="") == replace(theirs, command="")
+    assert own.command.startswith("attnbench run other ")
+    assert sweep(other, tmp_path, resume=True).resumed == 4, "taken over once"
+
+
+def test_nothing_is_taken_over_without_resume_or_of_another_environment(tmp_path: Path) -> None:
+    first = sweep(training("softmax", steps=(3,)), tmp_path)
+    other = replace(training("softmax", steps=(3,)), name="other")
+    assert sweep(other, tmp_path).resumed == 0
+    file = first.folder / store.RECORDS
+    file.write_text(file.read_text().replace(first.records[0].env_id, "elsewhere"))
+    last = replace(other, name="last")
+    (tmp_path / "other").rename(tmp_path / "gone")
+    for records in (tmp_path / "gone").rglob(store.RECORDS):
+        records.unlink()
+    assert sweep(last, tmp_path, resume=True).resumed == 0
+
+
+def test_a_damaged_suite_beside_stops_no_run(tmp_path: Path) -> None:
+    first = sweep(training("softmax", steps=(3,)), tmp_path)
+    file, told = first.folder / store.RECORDS, []
+    damaged = tmp_path / "damaged" / first.folder.name / store.RECORDS
+    damaged.parent.mkdir(parents=True)
+    damaged.write_text("no record\n" + file.read_text())
+    last = sweep(replace(training("softmax", steps=(3,)), name="last"), tmp_path, resume=True, tell=told.append)
+    notes = [e.message for e in told if e.kind == "note"]
+    assert (last.resumed, len(notes)) == (1, 2)
+    assert notes[0].startswith("nothing is taken over: ")
+    assert "damaged" in notes[0]
+    assert notes[1].startswith("taken over from suite learn: 1")
+
+
+def test_cells_of_plugins_are_never_taken_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [registry.built_in(name) for name in ("mita", "mita@triton", "crash", "nothing")] == [True, True, False, False]
+    sweep(training("softmax", "mita", steps=(3,)), tmp_path)
+    other = replace(training("softmax", "mita", steps=(3,)), name="other")
+    monkeypatch.setattr(registry, "built_in", lambda name: name == "softmax")
+    assert sweep(other, tmp_path, resume=True).resumed == 1, "mita may be another one now"
+    swapped = replace(training("softmax", steps=(3,), trained_with=("mita",)), name="swapped")
+    sweep(swapped, tmp_path)
+    assert sweep(replace(swapped, name="again"), tmp_path, resume=True).resumed == 0
 
 
 def test_cells_that_are_timed_never_run_side_by_side(tmp_path: Path) -> None:

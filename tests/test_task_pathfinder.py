@@ -135,6 +135,8 @@ def test_graded_pathfinder_fills_small_batches(size):
     batch = trained.get("pathfinder:graded").batch("train", 1, size, 256, 0)
     assert batch.inputs.shape == (size, 256)
     assert set(batch.groups.tolist()) == {pathfinder.drawing(256, 3).dashes}, "at 16 x 16 every path has the fewest dashes"
+    seen = {g for i in range(4) for g in trained.get("pathfinder:graded").batch("train", i, size, 1024, 0).groups.tolist()}
+    assert seen == set(pathfinder.GRADES), "batches too small for all grades take turns"
 
 
 @pytest.mark.parametrize(("n", "words"), [(1000, "no square"), (100, "at least 16 x 16")])

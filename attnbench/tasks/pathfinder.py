@@ -164,10 +164,11 @@ def _turned(dots: np.ndarray, width: int) -> np.ndarray:
 
 
 def graded_batch(split: Split, index: int, size: int, n: int, seed: int) -> Batch:
-    """Images with each of `GRADES` in turn, about as many of each."""
-    edges = [size * i // len(GRADES) for i in range(len(GRADES) + 1)]
+    """Images with each of `GRADES`, about as many of each; batches of fewer images take turns."""
+    grades = GRADES if size >= len(GRADES) else tuple(GRADES[(index * size + i) % len(GRADES)] for i in range(size))
+    edges = [size * i // len(grades) for i in range(len(grades) + 1)]
     parts = []
-    for dashes, begin, end in zip(GRADES, edges, edges[1:], strict=False):
+    for dashes, begin, end in zip(grades, edges, edges[1:], strict=False):
         part = batch(split, index, end - begin, n, seed, dashes=dashes)
         parts.append(replace(part, groups=torch.full_like(part.groups, drawing(n, dashes).dashes)))
     order = torch.from_numpy(generator("order of graded pathfinder", split, index, size, n, seed).permutation(size))

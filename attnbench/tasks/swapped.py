@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 
 def run(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Record:
-    """Train with one method, or take the model that an earlier cell left, and test with another in its place."""
+    """Train with one method, or take the model that an earlier cell left, and test with another in its place.
+
+    Many cells share one training: of its curves each keeps that of the validation split alone.
+    """
     origin = base(case)
     if why := reasons(origin, task, device):
         return Record(case, Status.UNSUPPORTED, "", reasons=tuple(f"trained with {case.trained_with}: {reason}" for reason in why))
@@ -47,7 +50,7 @@ def run(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Reco
         implementation(case, device),
         learned=model.mixing_count,
         input_hash=training.data_hash,
-        training=replace(training, notes=training.notes + notes),
+        training=replace(training, notes=training.notes + notes, trials=tuple(replace(t, losses=()) for t in training.trials)),
         metrics=metrics,
     )
 
