@@ -62,7 +62,9 @@ def trained(case: Case, accuracy: float, *, budget: tuple[int, ...] = ()) -> Rec
         Trial(rate, case.steps, losses, tuple((p, v * share) for p, v in zip(points, rise, strict=True)), False, 1e5)
         for rate, share in ((3e-4, 0.7), (1e-3, 1.0))
     )
-    training = Training(trials, 1e-3, 900_000, 0, 128, {"4": accuracy}, "pairs", low, data_hash="0" * 16)
+    slices = {"4": accuracy, "8": 0.9 * accuracy, "16-31": 0.7 * accuracy}
+    counts = "class" if case.data == "digits" else "pairs"
+    training = Training(trials, 1e-3, 900_000, 0, 128, slices, counts, low, data_hash="0" * 16)
     metrics = {"accuracy": accuracy, "test_loss": 1 - accuracy, "parameters": 9e5, "train_tokens_per_s": 1e5}
     metrics |= {"accuracy_before": 0.97 - 0.01 * case.seed} if case.trained_with else {}
     return Record(case, Status.OK, "env0", "eager", budget=budget, training=replace(training, **_routing(case)), metrics=metrics)

@@ -11,7 +11,7 @@ import pytest
 import attnbench
 from attnbench import earned, frame, tables
 from attnbench.case import Case
-from attnbench.figures import accuracy, curves
+from attnbench.figures import accuracy, curves, scores
 from attnbench.record import Memory, Record, Status, Timing, Training, Trial
 
 
@@ -100,6 +100,24 @@ def test_the_figure_draws_means_ranges_and_what_failed() -> None:
     assert "U unsupported, D training diverged" in caption
 
 
+def test_a_task_at_several_lengths_has_lines_and_every_length_a_panel_of_scores() -> None:
+    more = [reached(case("softmax", n=n, seed=i), 0.9) for n in (16, 128) for i in (0, 1, 2)]
+    drawn = table(*RECORDS, *more)
+    assert set(accuracy.data(drawn)["panel"]) == {"mqar"}, "one length makes no line"
+    found = scores.data(drawn)
+    assert set(found["panel"]) == {"mqar, N=16", "mqar, N=64", "mqar, N=128", "mqar, causal, N=64", "pathfinder, N=64"}
+    one = found[(found["panel"] == "mqar, N=64") & (found["method"] == "softmax")].iloc[0]
+    assert (one["value"], one["low"], one["high"], one["asked"]) == (pytest.approx(0.9), 0.8, 1.0, "mqar")
+    figure = scores.build(drawn)
+    assert figure is not None
+    titles = [a.get_title().replace("\n", " ") for a in figure.axes if a.get_visible()]
+    assert titles == ["mqar, N=16", "mqar, N=64", "mqar, N=128", "mqar, causal, N=64", "pathfinder, N=64"]
+    assert {t.get_text() for t in figure.axes[0].get_yticklabels()} == set(found["series"])
+    assert sorted(t.get_text() for a in figure.axes for t in a.texts) == ["D", "U"]
+    dotted = [line for a in figure.axes for line in a.get_lines() if line.get_linestyle() == ":"]
+    assert [line.get_xdata()[0] for line in dotted] == [0.25] * 5  # type: ignore[index]
+
+
 def test_learning_curves_are_those_of_the_rate_chosen_over_seeds() -> None:
     drawn = curves.data(table(*RECORDS))
     one = drawn[(drawn["panel"] == "mqar, N=64") & (drawn["method"] == "softmax")]
@@ -120,7 +138,7 @@ def test_suites_whose_tasks_are_many_are_split_into_figures_by_task() -> None:
     assert [g.place for g in curves.groups(table(*RECORDS))] == ["a-device-mqar", "a-device-pathfinder"]
 
 
-@pytest.mark.parametrize("module", [accuracy, curves])
+@pytest.mark.parametrize("module", [accuracy, curves, scores])
 def test_where_nothing_was_trained_nothing_is_drawn(module: Any) -> None:
     failed = Record(case("softmax"), Status.DIVERGED, "e", reasons=("loss",))
     assert module.build(table(failed)) is None

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from threading import Timer
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +16,10 @@ import synthetic_trained
 from cli_support import call
 from page_support import Page, unpacked
 
-from attnbench import frame, series, store
+from attnbench import frame, series, store, suite_file
 from attnbench.page import joined
 from attnbench.page.summary import sentences
+from attnbench.record import Status
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -109,6 +111,23 @@ def test_five_sentences_also_of_little(tmp_path: Path, count: int) -> None:
     assert said[-1] == "No distance from softmax attention was measured."
 
 
+def test_the_summary_averages_over_tasks_that_all_learned_alone(tmp_path: Path) -> None:
+    value = {"softmax": {"mqar": 0.9, "digits": 0.8}, "linear": {"mqar": 0.3, "digits": 0.9}, "topk": {"mqar": 0.95, "digits": 0.97}}
+    planned = suite_file.load("accuracy").override({"data": ["mqar", "digits"], "n": ["256", "1024"], "seed": ["0"]}, list(value), {})
+    cases = [c for c in planned.expand() if (c.data, c.n) in (("mqar", 256), ("digits", 1024))]
+    records = [synthetic_trained.trained(c, value[c.method][c.data]) for c in cases]
+    failed = next(i for i, r in enumerate(records) if r.case.method == "linear" and dict(r.case.params)["causal"])
+    records[failed] = replace(records[failed], status=Status.DIVERGED, training=None, metrics={})
+    synthetic.write(tmp_path, "accuracy", records)
+    said = sentences(frame.load(tmp_path)[0])[5:]
+    assert said == [
+        "Of 3 configurations trained on 2 tasks (accuracy, Test GPU 80GB: digits, N=1024; mqar, N=256) Top-k is the most accurate on "
+        "average, 0.960, Softmax at 0.850, and Linear the least, 0.600."
+    ], "recall with a mask, where one failed, is left out"
+    alone = [r for r in records if r.case.method == "softmax"]
+    assert len(sentences(frame.load(synthetic.write(tmp_path / "one", "accuracy", alone))[0])) == 5, "one is compared with none"
+
+
 def test_the_table_joins_speed_with_fidelity_and_compares_within_conditions(tmp_path: Path) -> None:
     params = {"landmarks": 64, "topk": 64}
     cells = [
@@ -163,7 +182,8 @@ PROBE = """<script>setTimeout(() => {
   form.reset();
   const i = [...document.querySelectorAll("#cells th")].findIndex((h) => h.textContent === "time (ms)");
   document.querySelectorAll("#cells th button")[i].click();
-  const times = [...document.querySelectorAll("#cells tbody tr")].map((r) => r.cells[i].dataset.v).filter((v) => v).map(Number);
+  const column = [...document.querySelectorAll("#cells tbody tr")].map((r) => r.cells[i].dataset.v ?? r.cells[i].textContent);
+  const times = column.map(Number).filter((v) => !Number.isNaN(v));
   say("sorted", times.length > 9 && times.every((t, i) => !i || times[i - 1] <= t));
   console.log("PROBE " + said.join(" ") + " END");
 }, 3000)</script></body>"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,14 +16,14 @@ from attnbench import earned, figures, frame, suite_file, tables
 from attnbench.figures import (
     _kept,
     accuracy,
-    accuracy_memory,
     accuracy_time,
     busiest,
-    curves,
     expert_load,
     kept,
     pruned,
     pruned_length,
+    scores,
+    slices,
     swap_heat,
     swap_in,
 )
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 LENGTHS = [1024, 4096]
-MODULES = (accuracy, accuracy_memory, accuracy_time, busiest, curves, expert_load, kept, pruned, pruned_length, swap_heat, swap_in)
+OTHERS = {"scores", "slices", "kept", "curves", "busiest", "expert_load", "pruned", "pruned_length", "swap_heat", "swap_in"}
+MODULES = [module for name, module in figures.modules().items() if name in OTHERS or name.startswith("accuracy")]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +100,8 @@ def test_partly_finished_suites_show_what_there_is_and_say_what_is_missing(loade
     assert drawn.loc[("mqar", "nsa", 4096), "status"] == "timeout"
     assert drawn.loc[("mqar, causal", "agent", 1024), "status"] == "unsupported"
     caption = captioned(accuracy.build(of(loaded, "accuracy")))
-    assert "Fewer: Agent at pathfinder; BRA at mqar; BRA at pathfinder" in caption
+    assert "Fewer: BRA at mqar." in caption
+    assert "Fewer: Agent at pathfinder, N=1k; BRA at mqar, N=4k; BRA at" in captioned(scores.build(of(loaded, "accuracy")))
     assert "T timed out, U unsupported, D training diverged" in caption
 
 
@@ -225,8 +229,40 @@ def test_a_swept_parameter_is_set_by_no_budget() -> None:
     assert params[64, 64, True] == (128,), "asked for by both"
 
 
+def own_groups(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, with a slice more in every model of seed 0."""
+    more = [
+        replace(t, groups={**t.groups, "31-40": 0.5}) if isinstance(t, Training) and seed == 0 else t
+        for t, seed in zip(rows["training"], rows["seed"], strict=True)
+    ]
+    return rows.assign(training=pd.Series(more, rows.index, dtype=object))
+
+
+def test_slices_are_drawn_where_they_are_in_order(loaded: pd.DataFrame) -> None:
+    parts = {g.place.rpartition("-")[2]: g.rows for g in figures.parts(slices, loaded) if g.suite == "accuracy"}
+    assert set(parts) == {"mqar", "pathfinder"}
+    drawn = slices.data(parts["mqar"])
+    own = drawn[(drawn["panel"] == "mqar, N=1024") & (drawn["series"] == "Softmax")]
+    reached = parts["mqar"].query("method == 'softmax' and n == 1024 and status == 'ok'")
+    reached = reached[~reached["params"].map(lambda p: json.loads(p)["causal"])]["accuracy"]
+    assert own["n"].tolist() == [4, 8, 16], "a range stands at its lower end"
+    assert own["value"].tolist() == pytest.approx([share * reached.mean() for share in (1, 0.9, 0.7)])
+    assert own["low"].tolist() == pytest.approx([share * reached.min() for share in (1, 0.9, 0.7)])
+    assert set(drawn["counts"].dropna()) == {"pairs"}
+    figure = slices.build(parts["mqar"])
+    assert figure is not None
+    assert "pairs" in {a.get_xlabel() for a in figure.axes}
+    assert figure.get_supylabel() == "test accuracy, mqar"
+    first = own_groups(parts["mqar"])
+    assert 31 not in slices.data(first)["n"].tolist(), "a range that one seed alone has is left out"
+    digits = loaded[(loaded["suite"] == "pruning") & (loaded["data"] == "digits")]
+    assert slices.data(digits).empty, "nothing grows along classes"
+
+
 def test_panels_that_are_wrapped_keep_their_titles(loaded: pd.DataFrame) -> None:
-    figure = accuracy.build(of(loaded, "accuracy"), columns=1)
+    rows = of(loaded, "accuracy")
+    longer = rows[rows["data"] == "pathfinder"].assign(n=4096, case_id=lambda r: r["case_id"] + " at 4096")
+    figure = accuracy.build(pd.concat([rows, longer], ignore_index=True), columns=1)
     assert figure is not None
     titles = [t for a in figure.axes if (t := a.get_title())]
     assert titles == ["mqar", "mqar, causal", "pathfinder"] * 6, "three panels in two rows for each of six families"

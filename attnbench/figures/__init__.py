@@ -47,7 +47,7 @@ def parts(module: FigureModule, table: pd.DataFrame) -> Iterator[series.Group]:
 
 
 SUFFIXES = (".pdf", ".png", ".csv")
-"""What a figure is written as: vectors, pixels, and exactly what was drawn."""
+"""What a figure is written as: vectors, pixels, and what was drawn, to seven digits."""
 
 
 def draw_all(table: pd.DataFrame, folder: Path, columns: int = 2, suffixes: Sequence[str] = SUFFIXES) -> list[Path]:
@@ -133,6 +133,8 @@ def drawn(
         raise UserError(f"{what} to draw: no cell of these results was measured for it; `attnbench report` lists why")
 
 
+_DIGITS = "%.7g"
+"""of numbers in a .csv: more than a figure can show"""
 _METADATA: dict[str, dict[str, Any]] = {".pdf": {"CreationDate": None, "ModDate": None, "Creator": "attnbench", "Producer": None}}
 """Nothing of the moment, so that the same records give the same bytes."""
 
@@ -149,7 +151,7 @@ def write(figure: Figure, data: pd.DataFrame, stem: Path, suffixes: Sequence[str
             for path in paths:
                 with replacing(path) as fresh:
                     if path.suffix == ".csv":
-                        data.to_csv(fresh, index=False)
+                        data.to_csv(fresh, index=False, float_format=_DIGITS)
                     elif path.suffix == ".png":
                         _save_png(figure, fresh)
                     else:

@@ -1,8 +1,9 @@
-"""A metric at one sequence length: a row a series with its name beside it, where lines against length would be single points."""
+"""A metric at one sequence length a panel: a row a series with its name beside it, where lines against length would be single points."""
 
 from __future__ import annotations
 
 import math
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
@@ -20,36 +21,50 @@ if TYPE_CHECKING:
 
     from attnbench.metrics import Metric
 
-_ROW_IN = 0.13
+_ROW_IN, _LETTERS_IN = 0.13, 14
+"""inches of a row; letters of a title in an inch, of which the longest are broken"""
 
 
-def draw(drawn: pd.DataFrame, caption: str, metric: Metric, columns: int) -> Figure:
-    """The figure of rows of a single `n` with the columns of `attnbench.figures._facets.Facets.data`.
+def draw(
+    drawn: pd.DataFrame,
+    caption: str,
+    metric: Metric,
+    columns: int,
+    *,
+    order: Sequence[str] = (),
+    levels: Mapping[str, float] | None = None,
+) -> Figure:
+    """The figure of rows of which each panel has a single `n`, with the columns of `attnbench.figures._facets.Facets.data`.
 
     Args:
         drawn: one row a point or failure; `kind` is `series`, `baseline`, `cited`, or `exact` for what is not drawn.
         caption: small print below.
         metric: what stands on the value axis.
         columns: of the page, 1 or 2.
+        order: of the panels; by mode and input profile where it is not given.
+        levels: panel -> a value that is marked by a dotted line.
     """
     rows = drawn[drawn["kind"].isin(["series", "cited"])]
-    order, panels = _panel.names(rows), series.panel_order(drawn["panel"].unique())
+    names, panels = _panel.names(rows), order or series.panel_order(drawn["panel"].unique())
     across = min(len(panels), 4 if columns == 2 else 1)
     down = -(-len(panels) // across)
     caption = wrapped(" ".join(caption.split()), WIDTHS[columns])
-    height = down * (_ROW_IN * (len(order) + 1) + 0.35) + 0.3 + 0.115 * (caption.count("\n") + 1)
+    height = down * (_ROW_IN * (len(names) + 1) + 0.35) + 0.3 + 0.115 * (caption.count("\n") + 1)
     figure = Figure(figsize=(WIDTHS[columns], height), layout="constrained")
     grid = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
     styles = _styles(rows)
     for i, axes in enumerate(grid.flat):
         axes.set_visible(i < len(panels))
         if i < len(panels):
-            _fill(axes, drawn[drawn["panel"] == panels[i]], order, styles)
-            axes.set_title(panels[i], pad=3, fontweight="bold")
+            _fill(axes, drawn[drawn["panel"] == panels[i]], names, styles)
+            if levels and panels[i] in levels:
+                axes.axvline(levels[panels[i]], color="#888888", linewidth=0.7, linestyle=":", zorder=1)
+            axes.set_title(fill(panels[i], int(_LETTERS_IN * WIDTHS[columns] / across)), pad=3, fontweight="bold")
             axes.tick_params(labelbottom=i + across >= len(panels))
     _values(grid.flat[0], drawn[drawn["kind"] != "exact"], metric)
-    _panel.row_axis(grid.flat[0], order)
-    figure.suptitle(f"{metric.axis}, N={length(int(drawn['n'].iloc[0]))}", fontsize=7)
+    _panel.row_axis(grid.flat[0], names)
+    one = f", N={length(int(drawn['n'].iloc[0]))}" if drawn["n"].nunique() == 1 else ""
+    figure.suptitle(f"{metric.axis}{one}", fontsize=7)
     figure.supxlabel(caption, fontsize=5.5, color="#444444", x=0.01, ha="left", linespacing=1.25)
     return figure
 
@@ -77,7 +92,7 @@ def _fill(axes: Axes, part: pd.DataFrame, order: Sequence[str], styles: Mapping[
             if p["status"] != "ok":
                 axes.text(
                     0.02, y, LETTERS.get(str(p["status"]), "?"), transform=axes.get_yaxis_transform(), color=style["color"],
-                    fontsize=5.5, fontweight="bold", va="center",
+                    fontsize=5.5, fontweight="bold", va="center", bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.3},
                 )  # fmt: skip
                 continue
             axes.plot([p["low"], p["high"]], [y, y], color=style["color"], linewidth=1.6, alpha=0.6)

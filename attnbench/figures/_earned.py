@@ -40,18 +40,26 @@ class Against:
             yield group._replace(rows=pd.concat([group.rows, others]))
 
     def data(self, table: pd.DataFrame) -> pd.DataFrame:
-        """What is drawn, one row a point: `panel` (task and N), accuracy `value`, `low`, `high` over `seeds`, `cost` in the axis's unit.
+        """What is drawn, one row a point of panels that have two: `panel` (task and N), accuracy `value`, `low`, `high` over `seeds`.
 
+        `cost` is in the axis's unit.
         `source` says which records the cost is from, `apart` where they are of another length or form, `differs` of which other
         parameters; `front` whether nothing beats the point in both. The columns are those of `attnbench.figures.accuracy.point` beside.
         """
+        drawn = self._costed(table)
+        if drawn.empty:
+            return drawn
+        compared = drawn[drawn.groupby("panel")["series"].transform("nunique") > 1]
+        return compared.sort_values("panel", key=lambda c: c.map(series.natural), kind="stable")
+
+    def _costed(self, table: pd.DataFrame) -> pd.DataFrame:
+        """All points of which a cost is known."""
         if table.empty or earned.TASK not in set(table["task"]):
             return pd.DataFrame()
         rows, others = earned.asked(frame.current(table)), table[table["task"] != earned.TASK]
         rows = rows[rows["steps"] > 1] if len(rows) else rows  # one step is a model that has learned nothing
         found = [p for _, part in rows.groupby(["panel", "n"], sort=True) for p in self._points(part, others)]
-        drawn = pd.DataFrame(_front.marked(found, ["panel"], lambda p: (p["cost"], -p["value"])))
-        return drawn.sort_values("panel", key=lambda c: c.map(series.natural), kind="stable") if len(drawn) else drawn
+        return pd.DataFrame(_front.marked(found, ["panel"], lambda p: (p["cost"], -p["value"])))
 
     def _points(self, rows: pd.DataFrame, others: pd.DataFrame) -> list[dict[str, Any]]:
         metric, n = METRICS[self.metric], int(rows["n"].iloc[0])
@@ -72,9 +80,9 @@ class Against:
         return points
 
     def build(self, table: pd.DataFrame, columns: int = 2) -> Figure | None:
-        """The figure; None where no panel has a method beside a dense one to compare."""
+        """The figure; None where no panel has two methods to compare."""
         drawn = self.data(table)
-        if drawn.empty or drawn["method"].nunique() < 2:
+        if drawn.empty:
             return None
         with paper():
             return self._draw(drawn, table, columns)
@@ -116,7 +124,7 @@ class Against:
             names = "; ".join(f"{s}: {d}" for s, d in zip(other["series"], other["differs"], strict=True))
             parts.append(f"Hollow: not measured with the parameters trained with, but with {names}.")
         rows = earned.asked(frame.current(table))
-        absent = sorted(set(rows.loc[rows["status"] == "ok", "series"]) - set(drawn["series"]), key=series.natural)
+        absent = sorted(set(rows.loc[rows["status"] == "ok", "series"]) - set(self._costed(table)["series"]), key=series.natural)
         if absent:
             parts.append(f"Nowhere measured: {', '.join(absent)}.")
         return " ".join(parts)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import figures, series
 from attnbench.errors import UserError
-from attnbench.figures import _interactive_trained, crossover, curves, equal_width, swap_in
+from attnbench.figures import _interactive_trained, crossover, curves, equal_width, scores, slices, swap_in
 from attnbench.figures._bokeh import columns, figure, floats, hover, source, tone
 from attnbench.figures._earned import Against
 from attnbench.figures._facets import Facets
@@ -34,11 +34,13 @@ if TYPE_CHECKING:
 
 LENGTHS = Across().label
 _FIRST = ("latency", "throughput", "memory", "efficiency", "fidelity", "recall", "pareto", "equal_width", "crossover", "energy", "anatomy",
-          "accuracy", "accuracy_time", "accuracy_memory", "curves", "swap_in", "swap_heat", "pruned", "pruned_length")  # fmt: skip
+          "scores", "accuracy", "accuracy_time", "accuracy_memory", "curves", "slices", "swap_in", "swap_heat", "pruned",
+          "pruned_length")  # fmt: skip
 """Figures in the order in which a reader asks; others follow."""
 _TRAINED = {
     "accuracy": (Across(), METRICS["accuracy"]),
     "curves": (Across(curves.LABEL, powers=False, curves=True), replace(METRICS["accuracy"], label="validation accuracy")),
+    "slices": (Across(slices.LABEL), METRICS["accuracy"]),
     "swap_in": (Across(swap_in.LABEL), METRICS["accuracy"]),
 }
 """Figure of trained accuracy -> what its lines run along, and the value axis."""
@@ -120,6 +122,8 @@ def _drawn(name: str, data: pd.DataFrame, facets: object) -> Iterator[tuple[str,
             yield from ((f"{words}, {s} in {panel}", _interactive_trained.heat(own)) for s, own in part.groupby("series", sort=True))
     elif "kept" in data.columns:
         yield from ((f"{words}, {title}", plot) for title, plot in _interactive_trained.maps(data))
+    elif name == scores.NAME:
+        yield from ((f"{words}, {panel}", dots(part, METRICS["accuracy"])) for panel, part in _panels(data))
     elif isinstance(facets, Facets) and fits(data):
         yield from ((f"{words}, {panel}, N={part['n'].iloc[0]}", dots(part, METRICS[facets.metric])) for panel, part in _panels(data))
     elif (axes := _axes(name, facets)) is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -161,7 +162,8 @@ class Canvas:
             length_axis(axes, self.lengths, self.width_in - 0.35)
         elif not self.across.curves:  # a tick each
             axes.set_xticks(self.lengths[:: -(-len(self.lengths) // 8)])
-            axes.set_xlim(min(self.lengths) - 0.3, max(self.lengths) + 0.3)
+            margin = 0.3 * min((b - a for a, b in pairwise(self.lengths)), default=1)
+            axes.set_xlim(min(self.lengths) - margin, max(self.lengths) + margin)
 
     def _style_of(self, block: pd.DataFrame, name: str) -> dict[str, Any]:
         return self.style(block[block["series"] == name].iloc[0].to_dict())

@@ -10,7 +10,7 @@ import pandas as pd
 from attnbench import earned, frame, series
 from attnbench.figures._multiples import draw, failures
 from attnbench.figures._style import paper
-from attnbench.figures.accuracy import conditions, over_seeds
+from attnbench.figures.accuracy import asked_at_several, conditions, over_seeds, spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -42,7 +42,7 @@ class Routed:
         rows = earned.asked(frame.current(table))
         rows = rows[~rows["method"].map(series.exact)] if len(rows) else rows
         points = [p for _, part in rows.groupby(["panel", "series", "n"], sort=True) for p in self._points(part)]
-        return pd.DataFrame(points)
+        return asked_at_several(pd.DataFrame(points)) if points and self.along.powers else pd.DataFrame(points)
 
     def _points(self, part: pd.DataFrame) -> Iterator[dict[str, Any]]:
         good, failed = part[part["status"] == "ok"], part.loc[part["status"] != "ok", "status"].tolist()
@@ -50,14 +50,8 @@ class Routed:
         first, n = part.iloc[0], int(part["n"].iloc[0])
         for place in sorted({place for found in read for place in found}):
             values = [] if failed else [value for found in read for value in found.get(place, ())]
-            yield {
-                "kind": "series", "panel": str(first["panel"]) + ("" if self.along.powers else f", N={n}"),
-                "family": str(series.family(str(first["method"])) or "other"), "series": str(first["series"]), "label": str(first["label"]),
-                "method": str(first["method"]), "params": str(first["own"]), "ran": str(first["implementation"]),
-                "n": n if self.along.powers else place, "value": sum(values) / len(values) if values else float("nan"),
-                "low": min(values, default=float("nan")), "high": max(values, default=float("nan")), "seeds": len(part),
-                "status": failed[0] if failed else "ok", "floor": float("nan"),
-            }  # fmt: skip
+            panel = str(first["panel"]) + ("" if self.along.powers else f", N={n}")
+            yield spread(part, values, panel=panel, n=n if self.along.powers else place, status=failed[0] if failed else "ok")
 
     def build(self, table: pd.DataFrame, columns: int = 2) -> Figure | None:
         """The figure; None where no trained model routed."""

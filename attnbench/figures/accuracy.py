@@ -1,4 +1,4 @@
-"""Trained accuracy against sequence length, a panel for each task: mean over seeds, with their range."""
+"""Trained accuracy against sequence length, a panel for each task: mean over seeds, with their range. `scores` has tasks of one length."""
 
 from __future__ import annotations
 
@@ -12,22 +12,40 @@ from attnbench.figures._style import paper
 from attnbench.metrics import METRICS
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from matplotlib.figure import Figure
 
 NAME = "accuracy"
 
 
 def data(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of `points`, of tasks that were asked at several lengths where there are any, with the best dense method of many."""
+    found = points(table)
+    return with_baseline(asked_at_several(found)) if len(found) else found
+
+
+def points(table: pd.DataFrame) -> pd.DataFrame:
     """One row a series, panel and N, as `point` gives it, and the `chance` of a guess; empty where no seed of any was trained."""
     if table.empty or earned.TASK not in set(table["task"]):
         return pd.DataFrame()
     rows = earned.asked(frame.current(table))
-    points = [
+    made = [
         {**point(part, "accuracy"), "chance": chance(part)} for _, part in rows.groupby(["panel", "series", "n"], sort=True) if len(part)
     ]
-    if not any(p["status"] == "ok" for p in points):
-        return pd.DataFrame()
-    return pd.DataFrame([*points, *baseline(points, "accuracy")])
+    return pd.DataFrame(made if any(p["status"] == "ok" for p in made) else [])
+
+
+def asked_at_several(drawn: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the panels that have several lengths, where a line is more than a point; all where none has."""
+    several = drawn.groupby("panel")["n"].transform("nunique") > 1
+    return drawn[several] if several.any() else drawn
+
+
+def with_baseline(drawn: pd.DataFrame) -> pd.DataFrame:
+    """The rows, and where series are many the best dense method of each panel once more, of `kind` `baseline`."""
+    rows = [{str(k): v for k, v in row.items()} for row in drawn.to_dict("records")]
+    return pd.DataFrame([*rows, *baseline(rows, "accuracy")])
 
 
 def point(part: pd.DataFrame, column: str) -> dict[str, Any]:
@@ -35,14 +53,19 @@ def point(part: pd.DataFrame, column: str) -> dict[str, Any]:
 
     NaN where one failed, whose `status` is told: survivors alone are never averaged. `seeds` counts all.
     """
-    first, failed = part.iloc[0], part.loc[part["status"] != "ok", "status"].tolist()
+    failed = part.loc[part["status"] != "ok", "status"].tolist()
     values = [] if failed else [float(v) for v in part[column]]
+    return spread(part, values, panel=str(part["panel"].iloc[0]), n=int(part["n"].iloc[0]), status=failed[0] if failed else "ok")
+
+
+def spread(part: pd.DataFrame, values: Sequence[float], *, panel: str, n: float, status: str = "ok") -> dict[str, Any]:
+    """A row of what is drawn: the mean and the range of `values`, which seeds of one series have at the place `n` of a panel."""
+    first = part.iloc[0]
     return {
-        "kind": "series", "panel": str(first["panel"]), "family": str(series.family(str(first["method"])) or "other"),
-        "series": str(first["series"]), "label": str(first["label"]), "method": str(first["method"]), "params": str(first["own"]),
-        "ran": str(first["implementation"]), "n": int(first["n"]), "value": sum(values) / len(values) if values else float("nan"),
-        "low": min(values, default=float("nan")), "high": max(values, default=float("nan")), "seeds": len(part),
-        "status": failed[0] if failed else "ok", "floor": float("nan"),
+        "kind": "series", "panel": panel, "family": str(series.family(str(first["method"])) or "other"), "series": str(first["series"]),
+        "label": str(first["label"]), "method": str(first["method"]), "params": str(first["own"]), "ran": str(first["implementation"]),
+        "n": n, "value": sum(values) / len(values) if values else float("nan"), "low": min(values, default=float("nan")),
+        "high": max(values, default=float("nan")), "seeds": len(part), "status": status, "floor": float("nan"),
     }  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from attnbench import earned, frame, series
 from attnbench.figures._multiples import baseline, draw
 from attnbench.figures._panel import Across
 from attnbench.figures._style import paper
-from attnbench.figures.accuracy import conditions, over_seeds
+from attnbench.figures.accuracy import conditions, over_seeds, spread
 from attnbench.metrics import METRICS
 from attnbench.store import device_slug
 
@@ -53,12 +53,7 @@ def _curve(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
     steps = sorted({step for curve in curves for step in curve})
     for step in steps if len(steps) > 1 else ():
         values = [known for curve in curves if (known := _at(curve, step)) is not None]
-        yield {
-            "kind": "series", "panel": f"{first['panel']}, N={first['n']}", "family": str(series.family(str(first["method"])) or "other"),
-            "series": str(first["series"]), "label": str(first["label"]), "method": str(first["method"]), "params": str(first["own"]),
-            "ran": str(first["implementation"]), "n": step, "value": sum(values) / len(values), "low": min(values), "high": max(values),
-            "seeds": len(part), "status": "ok", "floor": float("nan"),
-        }  # fmt: skip
+        yield spread(part, values, panel=f"{first['panel']}, N={first['n']}", n=step)
 
 
 def validation(training: Training) -> dict[int, float]:

@@ -144,17 +144,23 @@ def _texts(line: Sequence[str], method: str) -> str:
 
 
 def _number(text: str) -> str:
-    """What a cell that begins with a number is sorted by."""
+    """The attributes of a cell that begins with a number, by which it is sorted."""
     try:
-        return f' class="number" data-v="{float(text.split(maxsplit=1)[0]):.6g}"'
+        return _sorted_by(f"{float(text.split(maxsplit=1)[0]):.6g}", text)
     except (ValueError, IndexError):
-        return ' class="number" data-v=""' if text == typeset.NONE else ""
+        return _sorted_by("", text) if text == typeset.NONE else ""
+
+
+def _sorted_by(key: str, text: str) -> str:
+    """Of a cell that is sorted by a number, empty for none; the text tells it where it can."""
+    told = key == text or (not key and text == typeset.NONE)
+    return " class=n" if told else f' class=n data-v="{key}"'
 
 
 def _sortable(heads: Iterable[str | joined.Column], lines: Iterable[str], last: str = "") -> Iterable[str]:
     titles = [h if isinstance(h, joined.Column) else joined.Column(h, lambda _: None, numeric=False) for h in heads]
     cells = "".join(
-        f'<th scope="col"{" class=number" if c.numeric else ""}><button type="button" title="{escape(c.help or c.title)}">'
+        f'<th scope="col"{" class=n" if c.numeric else ""}><button type="button" title="{escape(c.help or c.title)}">'
         f"{escape(c.title)}</button></th>"
         for c in titles
     )
@@ -177,10 +183,7 @@ def _table(rows: Sequence[joined.Row]) -> Iterable[str]:
 def _line(row: joined.Row, columns: Sequence[joined.Column]) -> str:
     marks = {name: row[name] for name in ("method", "suite", "mode", "status", "series")}
     data = "".join(f' data-{name}="{escape(str(value))}"' for name, value in marks.items())
-    cells = "".join(
-        f'<td class="number" data-v="{c.key(row)}">{escape(c.text(row))}</td>' if c.numeric else f"<td>{escape(c.text(row))}</td>"
-        for c in columns
-    )
+    cells = "".join(f"<td{_sorted_by(c.key(row), c.text(row)) if c.numeric else ''}>{escape(c.text(row))}</td>" for c in columns)
     return f"<tr{data}>{cells}<td><details><summary>command</summary></details></td></tr>"
 
 

@@ -72,9 +72,10 @@
   document.querySelectorAll("figure").forEach((figure) => watch.observe(figure));
 
   const cell = (row, i) => {
-    const { v } = row.cells[i].dataset;
-    if (v === undefined) return row.cells[i].textContent;
-    return v === "" ? null : Number(v);
+    const { classList, dataset, textContent } = row.cells[i];
+    if (!classList.contains("n")) return textContent;
+    const text = dataset.v ?? textContent;
+    return text === "" || text === "\u2013" ? null : Number(text);
   };
   const compare = (a, b) => (typeof a === "number" ? a - b : a.localeCompare(b, "en", { numeric: true }));
   for (const table of document.querySelectorAll(".wide table")) {

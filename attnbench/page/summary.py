@@ -1,17 +1,17 @@
-"""What a results table says, in five sentences, each computed from its records."""
+"""What a results table says, in five sentences, and one more where models were trained, each computed from its records."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from attnbench import frame, series, stats, typeset
+import pandas as pd
+
+from attnbench import earned, frame, series, stats, typeset
 from attnbench.stats import Verdict
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class _Field:
 
 
 def sentences(table: pd.DataFrame) -> list[str]:
-    """Five sentences: what was run, what is fastest, from which length, what needs least memory, and what stays closest to softmax.
+    """What was run, what is fastest, from which length, what needs least memory, what stays closest to softmax, and what learns best.
 
     Speed is told of the group (suite, device, conditions) and mode with the most measured methods, at its greatest length.
     """
     rows = frame.current(table)
     field = _widest(rows)
-    return [_extent(rows), *(_speed(field) if field else _unmeasured()), _accuracy(rows)]
+    return [_extent(rows), *(_speed(field) if field else _unmeasured()), _accuracy(rows), *_trained(rows)]
 
 
 def subject(table: pd.DataFrame) -> tuple[str, str]:
@@ -148,3 +148,32 @@ def _accuracy(rows: pd.DataFrame) -> str:
         f"error of {errors.iloc[0]:.2g} over {_count(profiles, 'input profile')} ({', '.join(profiles)}); {errors.index[-1]} is farthest, "
         f"with {errors.iloc[-1]:.2g}."
     )
+
+
+def _trained(rows: pd.DataFrame) -> list[str]:
+    """The mean over tasks and lengths that every configuration of a group learned, so that none is judged by easier ones."""
+    found = [(group, _learned(group.rows)) for group in series.groups(rows[rows["task"] == earned.TASK])]
+    found = [(group, means) for group, means in found if len(means) and means.shape[1] > 1]
+    if not found:
+        return []
+    group, means = max(found, key=lambda one: one[1].shape[1])
+    mean = means.mean().sort_values(ascending=False, kind="stable")
+    dense = [name for name, method in mean.index[1:-1] if series.exact(method)][:1]
+    tasks = sorted((f"{panel}, N={n}" for panel, n in means.index), key=series.natural)
+    between = "".join(f", {name} at {mean.xs(name).iloc[0]:.3f}" for name in dense)
+    where = f"{group.suite}, {group.rows['device'].iloc[0]}: {'; '.join(tasks)}"
+    return [
+        f"Of {len(mean)} configurations trained on {_count(tasks, 'task')} ({where}) {mean.index[0][0]} is the most accurate on average, "
+        f"{mean.iloc[0]:.3f}{between}, and {mean.index[-1][0]} the least, {mean.iloc[-1]:.3f}."
+    ]
+
+
+def _learned(rows: pd.DataFrame) -> pd.DataFrame:
+    """Mean accuracy over seeds: a row for each task and length that all learned, a column for each (series, method)."""
+    asked = earned.asked(rows)
+    asked = asked[asked["steps"] > 1] if len(asked) else asked
+    if asked.empty or "accuracy" not in asked:
+        return pd.DataFrame()
+    values = asked["accuracy"].where(asked["status"] == "ok")
+    cells = values.groupby([asked[c] for c in ("panel", "n", "series", "method")]).agg(lambda seeds: seeds.mean(skipna=False))
+    return cells.unstack(["series", "method"]).dropna()
