@@ -7,7 +7,6 @@ of its first batch, so that another generator never reads it.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +14,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,11 +23,11 @@ import torch
 
 from attnbench.batches import IGNORED, Prepared
 from attnbench.errors import UserError
-from attnbench.files import replacing
+from attnbench.files import alone, replacing
 from attnbench.tasks import trained
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from torch import Tensor
 
@@ -113,7 +112,7 @@ def load(task: TrainedTask, key: Key, folder: Path | None = None) -> Examples:
     if folder is None:
         return _drawn(task, key)
     path = folder / f"{_name(task, key, start)}.pt"
-    with _held(path):
+    with alone(path):
         found = _read(path)
         if found is None:
             found = _drawn(task, key)
@@ -204,20 +203,6 @@ def main(words: str) -> None:
 def _name(task: TrainedTask, key: Key, start: Batch) -> str:
     text = f"{_FORMAT}/{task.name}/{vars(key)}/{start.digest}"
     return f"{task.stem}-{key.n}-{key.split}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-
-
-@contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """Only one process at a time draws a set; the others wait and then read it. Where the folder takes no file, each draws its own."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.with_suffix(".lock").open("a")
-    except OSError:
-        yield
-        return
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _read(path: Path) -> Examples | None:

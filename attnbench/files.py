@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,23 @@ def replacing(path: Path) -> Iterator[Path]:
         with suppress(OSError):  # as where the folder is a file
             fresh.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Only one process at a time makes what is to stand at `path`; the others wait, and then find it there.
+
+    Where the folder takes no file, each makes its own.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("a")
+    except OSError:
+        yield
+        return
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write(path: Path, data: str | bytes | memoryview, *, parents: bool = True, remedy: str = "") -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from attnbench.tasks import accuracy, learning, swapped
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from attnbench.case import Case
 
 
 def test_swapping_a_method_for_itself_changes_nothing(tmp_path: Path) -> None:
@@ -38,13 +42,39 @@ def test_experts_that_hold_every_token_are_softmax_and_few_are_not(tmp_path: Pat
 
 def test_swap_ins_train_their_model_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracy.run(case("topk", {"topk": 4}, trained_with="softmax"), "cpu", tmp_path)
-    assert [p.suffix for p in tmp_path.iterdir()] == [".pt"]
+    assert {p.suffix for p in tmp_path.iterdir()} == {".pt", ".lock"}
     monkeypatch.setattr(learning, "train", lambda *_: pytest.fail("the model was trained again"))
     record = accuracy.run(case("linformer", {"rank": 4}, trained_with="softmax"), "cpu", tmp_path)
     assert record.status is Status.OK
     assert "as initialised" in record.training.notes[0]
     (trial,) = record.training.trials
     assert (trial.steps, trial.losses, trial.validation[-1][0]) == (4, (), 4), "its losses stand in the record of the model itself"
+
+
+def test_a_cell_waits_for_the_model_that_another_is_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, trained, begun = learning.train, [], threading.Event()
+
+    def slow(origin: Case, *others: Any) -> Any:
+        trained.append(origin)
+        begun.set()
+        time.sleep(0.3)  # in which the other would have begun too
+        return train(origin, *others)
+
+    monkeypatch.setattr(learning, "train", slow)
+    records = []
+
+    def run(method: str) -> None:
+        records.append(accuracy.run(case(method, trained_with="softmax"), "cpu", tmp_path))
+
+    cells = [threading.Thread(target=run, args=(method,)) for method in ("linear", "softmax")]
+    cells[0].start()
+    begun.wait(60)
+    cells[1].start()
+    for cell in cells:
+        cell.join()
+    assert [r.status for r in records] == [Status.OK, Status.OK]
+    assert len(trained) == 1
+    assert len({r.metrics["accuracy_before"] for r in records}) == 1
 
 
 def test_the_reverse_swap_drops_what_the_other_method_learned() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from attnbench import checkpoint, distributed
 from attnbench.case import laid, other_method
+from attnbench.files import alone
 from attnbench.recipe import Fit
 from attnbench.record import Record, Status
 from attnbench.tasks import learning
@@ -64,24 +66,31 @@ def base(case: Case) -> Case:
 
 
 def _base_model(origin: Case, task: TrainedTask, device: str, folder: Path | None) -> tuple[Outcome, float]:
-    """The trained model that swap-ins share, and its accuracy; written once, read by later cells."""
-    path = folder / f"{origin.case_id}.pt" if folder else None
-    if path and path.exists():
-        found = checkpoint.load(path)
-        checkpoint.hold(path, "architecture", architecture(origin, task).differences(found["architecture"]))
-        fits = tuple(Fit(**fit) for fit in found["fits"])
-        return Outcome(fits, found["best"], found["model"]), float(found["accuracy"])
+    """The trained model that swap-ins share, and its accuracy; written once, by the first cell that needs it, and read by the others."""
+    if folder is None:
+        return _trained(origin, task, device, folder)
+    path, group = folder / f"{origin.case_id}.pt", distributed.current()
+    with alone(path) if group.size == 1 else nullcontext():
+        if path.exists():
+            found = checkpoint.load(path)
+            checkpoint.hold(path, "architecture", architecture(origin, task).differences(found["architecture"]))
+            fits = tuple(Fit(**fit) for fit in found["fits"])
+            return Outcome(fits, found["best"], found["model"]), float(found["accuracy"])
+        outcome, accuracy = _trained(origin, task, device, folder)
+        if outcome.best is not None and group.main:
+            form = {"architecture": architecture(origin, task).as_dict(), "model": outcome.state, "best": outcome.best}
+            checkpoint.save(path, {**form, "accuracy": accuracy, "fits": [asdict(fit) for fit in outcome.fits]})
+            shutil.rmtree(folder / origin.case_id, ignore_errors=True)
+        return outcome, accuracy
+
+
+def _trained(origin: Case, task: TrainedTask, device: str, folder: Path | None) -> tuple[Outcome, float]:
     outcome = learning.train(origin, task, device, folder)
     if outcome.best is None:
         return outcome, 0.0
     model = fresh(origin, task)
     model.load_state_dict(outcome.state)
-    accuracy = Trainer(model, task, recipe(origin, 1.0), device).evaluate("test").accuracy
-    if path and folder and distributed.current().main:
-        form = {"architecture": architecture(origin, task).as_dict(), "model": outcome.state, "best": outcome.best, "accuracy": accuracy}
-        checkpoint.save(path, {**form, "fits": [asdict(fit) for fit in outcome.fits]})
-        shutil.rmtree(folder / origin.case_id, ignore_errors=True)
-    return outcome, accuracy
+    return outcome, Trainer(model, task, recipe(origin, 1.0), device).evaluate("test").accuracy
 
 
 def transplant(state: dict[str, Tensor], model: TinyTransformer) -> list[str]:
