@@ -10,7 +10,7 @@ import pandas as pd
 from attnbench import earned, frame, series
 from attnbench.figures._multiples import draw, failures
 from attnbench.figures._style import paper
-from attnbench.figures.accuracy import asked_at_several, conditions, over_seeds, spread
+from attnbench.figures.accuracy import asked_at_several, caption, spread
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -58,7 +58,7 @@ class Routed:
         drawn = self.data(table)
         if drawn.empty or not (drawn["status"] == "ok").any():
             return None
-        caption = f"{conditions(table, drawn)} {self.words} {over_seeds(drawn)} {failures(drawn)}"
+        told = caption(table, drawn, before=self.words, after=failures(drawn))
         with paper():
             order = sorted(drawn["panel"].unique(), key=series.natural)
-            return draw(drawn, caption, self.metric, columns, order=order, along=self.along)
+            return draw(drawn, told, self.metric, columns, order=order, along=self.along)

@@ -81,12 +81,16 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     if drawn.empty:
         return None
     levels = drawn.groupby("panel")["chance"].max().dropna()
-    caption = f"{conditions(table, drawn)} {over_seeds(drawn)} Dotted: a guess. {failures(drawn)}"
-    if (drawn["kind"] == "baseline").any():
-        caption += " Grey: the best dense method."
+    told = caption(table, drawn, after=f"Dotted: a guess. {failures(drawn)}")
     with paper():
         order = sorted(drawn["panel"].unique(), key=series.natural)
-        return draw(drawn, caption, METRICS["accuracy"], columns, order=order, most=5, levels={str(k): float(v) for k, v in levels.items()})
+        return draw(drawn, told, METRICS["accuracy"], columns, order=order, most=5, levels={str(k): float(v) for k, v in levels.items()})
+
+
+def caption(table: pd.DataFrame, drawn: pd.DataFrame, before: str = "", after: str = "") -> str:
+    """Small print of what was trained: conditions, `before`, how many seeds a point stands for, `after`, and what is grey."""
+    grey = "Grey: the best dense method." if (drawn["kind"] == "baseline").any() else ""
+    return " ".join(part for part in (conditions(table, drawn), before, over_seeds(drawn), after, grey) if part)
 
 
 def conditions(table: pd.DataFrame, drawn: pd.DataFrame) -> str:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from attnbench import earned, frame, series
-from attnbench.figures._multiples import baseline, draw
+from attnbench.figures._multiples import draw
 from attnbench.figures._panel import Across
 from attnbench.figures._style import paper
-from attnbench.figures.accuracy import conditions, over_seeds, spread
+from attnbench.figures.accuracy import caption, spread, with_baseline
 from attnbench.metrics import METRICS
 from attnbench.store import device_slug
 
@@ -44,7 +44,7 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
     rows = earned.asked(frame.current(table))
     rows = rows[rows["status"] == "ok"]
     points = [p for _, part in rows.groupby(["panel", "series", "n"], sort=True) for p in _curve(part)] if len(rows) else []
-    return pd.DataFrame([*points, *baseline(points, "accuracy")])  # of one point no curve is made
+    return with_baseline(pd.DataFrame(points))  # of one point no curve is made
 
 
 def _curve(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
@@ -73,12 +73,15 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     if drawn.empty:
         return None
     words = "On the validation split, each seed at the learning rate chosen for it; a run that stopped at the target keeps its last value."
-    caption = f"{conditions(table, drawn)} {words} {over_seeds(drawn)}"
-    if (drawn["kind"] == "baseline").any():
-        caption += " Grey: the best dense method."
-    (task, *_) = earned.titles(table.loc[table["task"] == earned.TASK, "data"]).values()
-    drawn["panel"] = drawn["panel"].str.removeprefix(f"{task}, ")  # which the file's name tells
+    told, task = caption(table, drawn, before=words), untitled(drawn, table)
     metric = replace(METRICS["accuracy"], label=f"validation accuracy, {task}")
     with paper():
         order = sorted(drawn["panel"].unique(), key=series.natural)
-        return draw(drawn, caption, metric, columns, order=order, most=6, along=Across(LABEL, powers=False, curves=True))
+        return draw(drawn, told, metric, columns, order=order, most=6, along=Across(LABEL, powers=False, curves=True))
+
+
+def untitled(drawn: pd.DataFrame, table: pd.DataFrame) -> str:
+    """The one task of a table, as it is printed, which the panels of `drawn` then leave out."""
+    (task, *_) = earned.titles(table.loc[table["task"] == earned.TASK, "data"]).values()
+    drawn["panel"] = drawn["panel"].str.removeprefix(f"{task}, ")
+    return task

@@ -8,7 +8,7 @@ from attnbench import series
 from attnbench.figures import _dots
 from attnbench.figures._multiples import failures
 from attnbench.figures._style import length, paper
-from attnbench.figures.accuracy import conditions, over_seeds, points, with_baseline
+from attnbench.figures.accuracy import caption, points, with_baseline
 from attnbench.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -33,12 +33,10 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     if drawn.empty:
         return None
     levels = {str(panel): float(level) for panel, level in drawn.groupby("panel")["chance"].max().dropna().items()}
-    caption = f"{conditions(table, drawn)} {over_seeds(drawn)} Dotted: a guess. {failures(drawn, 'Letters')}"
-    if (drawn["kind"] == "baseline").any():
-        caption += " Grey: the best dense method."
+    told = caption(table, drawn, after=f"Dotted: a guess. {failures(drawn, 'Letters')}")
     with paper():
         places = sorted({(p, a, n) for p, a, n in zip(drawn["panel"], drawn["asked"], drawn["n"], strict=True)}, key=_in_order)
-        return _dots.draw(drawn, caption, METRICS["accuracy"], columns, order=[panel for panel, *_ in places], levels=levels)
+        return _dots.draw(drawn, told, METRICS["accuracy"], columns, order=[panel for panel, *_ in places], levels=levels)
 
 
 def _in_order(place: tuple[str, str, int]) -> tuple[Any, int]:

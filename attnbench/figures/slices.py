@@ -9,10 +9,10 @@ import pandas as pd
 
 from attnbench import earned, frame, series
 from attnbench.figures import curves
-from attnbench.figures._multiples import baseline, draw
+from attnbench.figures._multiples import draw
 from attnbench.figures._panel import Across
 from attnbench.figures._style import paper
-from attnbench.figures.accuracy import conditions, over_seeds, spread
+from attnbench.figures.accuracy import caption, spread, with_baseline
 from attnbench.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -39,16 +39,15 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
     rows = earned.asked(frame.current(table))
     rows = rows[(rows["status"] == "ok") & (rows["steps"] > 1)] if len(rows) else rows
     points = [p for _, part in rows.groupby(["panel", "series", "n"], sort=True) for p in _sliced(part)] if len(rows) else []
-    points.sort(key=lambda p: (p["panel"], p["series"], p["n"]))
-    return pd.DataFrame([*points, *baseline(points, "accuracy")])
+    return with_baseline(pd.DataFrame(points))
 
 
 def _sliced(part: pd.DataFrame) -> Iterator[dict[str, Any]]:
     first = part.iloc[0]
     counts, known = first["training"].group, [training.groups for training in part["training"]]
     shared = set.intersection(*map(set, known)) if counts not in _UNORDERED else set()
-    for name in shared if len(shared) > 1 else ():
-        values, place = [found[name] for found in known], int(name.partition("-")[0])
+    for place, name in sorted((int(name.partition("-")[0]), name) for name in shared) if len(shared) > 1 else ():
+        values = [found[name] for found in known]
         yield {**spread(part, values, panel=f"{first['panel']}, N={first['n']}", n=place), "counts": counts}
 
 
@@ -57,12 +56,8 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     drawn = data(table)
     if drawn.empty:
         return None
-    (task, *_) = earned.titles(table.loc[table["task"] == earned.TASK, "data"]).values()
-    caption = f"{conditions(table, drawn)} {over_seeds(drawn)}"
-    if (drawn["kind"] == "baseline").any():
-        caption += " Grey: the best dense method."
-    drawn["panel"] = drawn["panel"].str.removeprefix(f"{task}, ")  # which the file's name tells
+    told, task = caption(table, drawn), curves.untitled(drawn, table)
     along = Across(str(drawn["counts"].iloc[0]), powers=drawn["n"].max() >= _WIDE * drawn["n"].min())
     with paper():
         order = sorted(drawn["panel"].unique(), key=series.natural)
-        return draw(drawn, caption, replace(METRICS["accuracy"], label=f"test accuracy, {task}"), columns, order=order, most=6, along=along)
+        return draw(drawn, told, replace(METRICS["accuracy"], label=f"test accuracy, {task}"), columns, order=order, most=6, along=along)
