@@ -13,6 +13,7 @@ import synthetic
 import synthetic_trained
 
 from attnbench import earned, figures, frame, suite_file, tables
+from attnbench.errors import UserError
 from attnbench.figures import (
     _kept,
     accuracy,
@@ -208,6 +209,13 @@ def test_maps_of_kept_tokens_are_drawn_over_the_picture_from_records_alone(loade
     share = routing.unpacked(first["kept"], 1024)[0].reshape(32, 32) / 2
     assert np.allclose(figure.axes[2].images[1].get_array()[..., 3], _kept.OPACITY * (1 - share))
     assert figure.axes[2].get_title() == f"layer 1: {first['pruned']:.0%}"
+    assert "could not be read" not in captioned(figure)
+
+
+def test_maps_without_their_picture_say_so(loaded: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
+    (group,) = [g for g in kept.groups(loaded[loaded["suite"] == "accuracy"]) if g.place.endswith("pathfinder-1024")]
+    monkeypatch.setattr(kept, "picture", lambda *_: (_ for _ in ()).throw(UserError("its package is missing")))
+    assert captioned(kept.build(group.rows)).endswith("The example itself could not be read here.")
 
 
 def test_records_keep_maps_and_loads(loaded: pd.DataFrame) -> None:

@@ -68,7 +68,7 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     side = (width - 1.1) / (depth + 1)
     image = _picture(drawn)
     with paper():
-        text = wrapped(_caption(table, drawn, models), width)
+        text = wrapped(_caption(table, drawn, models, pictured=image is not None), width)
         rows = models[:ROWS]
         figure = Figure(figsize=(width, len(rows) * (side + 0.16) + 0.3 + 0.115 * (text.count("\n") + 1)), layout="constrained")
         axes = figure.subplots(len(rows), depth + 1, squeeze=False)
@@ -108,7 +108,8 @@ def _picture(drawn: pd.DataFrame) -> np.ndarray | None:
         return None
 
 
-def _caption(table: pd.DataFrame, drawn: pd.DataFrame, models: list[tuple[str, str]]) -> str:
+def _caption(table: pd.DataFrame, drawn: pd.DataFrame, models: list[tuple[str, str]], *, pictured: bool) -> str:
     left = f" Not drawn: {'; '.join(f'{name} on {panel}' for panel, name in models[ROWS:])}." if len(models) > ROWS else ""
     words = "The first test example, the first seed of each; orange over tokens that no expert keeps, the stronger in the more heads."
-    return f"N={drawn['n'].iloc[0]}, {conditions(table, drawn)} {words} Above: share of such tokens over several examples.{left}"
+    blank = "" if pictured else " The example itself could not be read here."
+    return f"N={drawn['n'].iloc[0]}, {conditions(table, drawn)} {words} Above: share of such tokens over several examples.{left}{blank}"
