@@ -82,6 +82,18 @@ def test_a_short_convolution_sees_neighbours_alone(grid, causal: bool) -> None:
     torch.testing.assert_close(layer(x)[:, token], (x[:, places] * weight.T).sum(1) + layer.bias)
 
 
+@pytest.mark.parametrize(("width", "causal"), [(3, False), (5, False), (3, True), (4, True), (1, False)])
+def test_a_short_convolution_along_a_row_is_that_of_torch(width: int, causal: bool) -> None:
+    layer = ShortConvolution(4, width, causal=causal).double()
+    x, grad = (torch.randn(2, 15, 4, dtype=torch.float64) for _ in range(2))
+    margins = (width - 1, 0) if causal else (width // 2, width // 2)
+    read = (x.clone().requires_grad_(), *layer.parameters())
+    image = torch.nn.functional.pad(read[0].transpose(1, 2), margins)
+    theirs = torch.nn.functional.conv1d(image, layer.weight.flatten(1).unsqueeze(1), layer.bias, groups=4).transpose(1, 2)
+    torch.testing.assert_close(layer(read[0]), theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(out, read, grad) for out in (layer(read[0]), theirs)))
+
+
 def test_a_short_convolution_is_added_to_the_embedding() -> None:
     sizes = {"vocabulary": 9, "classes": 9, "tokens": 12, "dim": 16, "per_token": True, "positions": "none", "method": "softmax"}
     own = TinyTransformer(Architecture(**sizes, short_conv=3, causal=True))

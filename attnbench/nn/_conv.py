@@ -38,6 +38,9 @@ class ShortConvolution(nn.Conv2d):
     every model that is asked for recall; on images it is the conditional encoding of positions of Chu et al. 2021,
     https://arxiv.org/abs/2102.10882.
 
+    In a row it is a sum of products of shifted tokens, which a compiler fuses with what is around it, gradients too; on a grid it is the
+    library's.
+
     Args:
         dim: channels C.
         width: neighbours along a side, odd unless causal.
@@ -59,6 +62,16 @@ class ShortConvolution(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, N, C]` -> `[B, N, C]`."""
-        image = x.transpose(1, 2).unflatten(2, self.grid or (1, x.shape[1]))
+        if self.grid is None:
+            return self._along(x)
+        image = x.transpose(1, 2).unflatten(2, self.grid)
         out: Tensor = super().forward(pad(image, self.margins))
         return out.flatten(2).transpose(1, 2)
+
+    def _along(self, x: Tensor) -> Tensor:
+        """Of tokens in a row."""
+        assert self.bias is not None
+        seen, out = pad(x, (0, 0, *self.margins[:2])), self.bias
+        for i, tap in enumerate(self.weight.flatten(1).unbind(1)):
+            out = out + seen[:, i : i + x.shape[1]] * tap
+        return out
