@@ -20,6 +20,7 @@ TASK = joining.TRAINED
 NONE = "\N{EN DASH}"
 """A cell for which there is no record."""
 _SETTINGS = ("steps", "depth", "rates", "positions", "short_conv", "model", "recipe", "batch")
+_ALL = "all steps"
 _UNSAID = {f.name: f.default for f in fields(Case)}
 """what a record means that leaves a setting out"""
 _COSTS = {"time_s": (1e3, "ms"), "peak_bytes": (2**-20, "MiB")}
@@ -82,13 +83,20 @@ def _origin(text: str) -> str:
 
 
 def _parted(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, panels split by settings of training that differ at one of their lengths: nothing is averaged over these."""
+    """The rows, panels split by settings of training that differ at one of their lengths: nothing is averaged over these.
+
+    Where lengths train for different numbers of steps, the largest number of each is `all steps`.
+    """
     for column in (c for c in _SETTINGS if c in rows):
         said = rows[column].where(rows[column].notna(), _UNSAID[column])
         values = said.map(lambda v: f"{v:g}" if isinstance(v, int | float) and v == v else str(v))  # noqa: PLR0124 (NaN)
+        if column == "steps":
+            most = said.groupby([rows["panel"], rows["n"]]).transform("max")
+            values = values.mask((said == most) & (most.groupby(rows["panel"]).transform("nunique") > 1), _ALL)
         within = values.groupby([rows["panel"], rows["n"]]).transform("nunique") > 1
         several = within.groupby(rows["panel"]).transform("any")
-        rows = rows.assign(panel=rows["panel"].where(~several, rows["panel"] + f", {column}=" + values))
+        words = values.where(values == _ALL, f"{column}=" + values)
+        rows = rows.assign(panel=rows["panel"].where(~several, rows["panel"] + ", " + words))
     return rows
 
 

@@ -79,9 +79,9 @@ class Cells:
         return found
 
     def run(self, case: Case) -> Record:
-        """Run one cell; whatever happens to its process becomes its status."""
+        """Run one cell; whatever happens to its process becomes its status. The record is `rounded`."""
         started = now()
-        return replace(self._run(case), started=started, commit=environment.commit())
+        return replace(self._run(case), started=started, commit=environment.commit()).rounded()
 
     def _run(self, case: Case) -> Record:
         limit = self.protocol.timeout_s

@@ -1,22 +1,26 @@
 """Models that train side by side: the learning rates of one case, which share their batches and, on a GPU, the time of its cores.
 
 After a share of the steps (`Recipe.rung`) only the one with the smallest loss on the validation split goes on, as in successive halving:
-Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943. The race ends at the first evaluation at which one reaches the target, or
-else after the last step. Which rates are tried, how far and which wins are so determined by the recipe alone; whether they run at once or
-one after another, and how often they were killed in between, changes nothing.
+Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943. But as long as none does better than a guess there is nothing to choose by:
+then all go on to the next evaluation. The race ends at the first evaluation at which one reaches the target, or else after the last step.
+Which rates are tried, how far and which wins are so determined by the recipe and the task alone; whether they run at once or one after
+another, and how often they were killed in between, changes nothing.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from attnbench.recipe import Fit
+    from attnbench.recipe import Fit, Recipe
+    from attnbench.tasks.trained import TrainedTask
     from attnbench.train import Trainer
 
+_ERRORS = 3.0
 _MOST, _SHORT_S, _LONG_S = 64, 0.2, 1.0
 """steps that are queued on a GPU before the host waits for it: more where they take less time than this, fewer where more"""
 
@@ -29,15 +33,33 @@ def race(trainers: Sequence[Trainer], end: int | None = None) -> int:
     """
     recipe = trainers[0].recipe
     end = recipe.steps if end is None else end
-    if len(trainers) > 1 and recipe.cut < end:
-        reached = _together(trainers, recipe.cut)
-        done = any(t.fit.upto(reached).reached >= recipe.target for t in trainers)
-        end = reached if done else _alone(trainers, recipe.cut, end)
-    else:
-        end = _together(trainers, end)
+    reached = _together(trainers, min(end, recipe.cut) if len(trainers) > 1 else end)
+    while reached < end and not any(t.fit.upto(reached).reached >= recipe.target for t in trainers):
+        if _learned(trainers, reached):
+            reached = _alone(trainers, reached, end)
+            break
+        reached = _together(trainers, min(end, reached + recipe.interval))
     for trainer in trainers:
         trainer.finish()
-    return end
+    return reached
+
+
+def cut(trainers: Sequence[Trainer]) -> int:
+    """The step after which only the best of them went on; that of the end where all did."""
+    recipe = trainers[0].recipe
+    later = range(recipe.cut, recipe.steps, recipe.interval)
+    return next((step for step in later if _learned(trainers, step)), recipe.steps)
+
+
+def learned(fit: Fit, recipe: Recipe, task: TrainedTask, step: int) -> bool:
+    """Whether it does better than a guess on the validation split, by over three standard errors of one answer an example."""
+    available = task.available("validation")
+    examples = min(recipe.batches("validation", available) * recipe.batch, available or math.inf)
+    return fit.accuracy_at(step) > task.chance + _ERRORS * math.sqrt(task.chance * (1 - task.chance) / examples)
+
+
+def _learned(trainers: Sequence[Trainer], step: int) -> bool:
+    return any(learned(t.fit, t.recipe, t.task, step) for t in trainers)
 
 
 def ranked(fits: Sequence[Fit], step: int) -> list[int]:

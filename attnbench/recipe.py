@@ -39,7 +39,7 @@ class Recipe:
     tested: int = 4096
     """examples of the test split, at most; fewer where that would be over a quarter of those trained on"""
     rung: float = 1 / 3
-    """share of the steps after which, of several learning rates, only the one that does best goes on; 1: all go on"""
+    """share of the steps after which, of several learning rates, only the one that does best goes on, see `race`; 1: all go on"""
     target: float = 0.999
     """validation accuracy at which training may stop"""
     last: float = 0.0
@@ -59,7 +59,7 @@ class Recipe:
 
     @property
     def cut(self) -> int:
-        """The step, one at which is evaluated, after which only the best of several rates goes on."""
+        """The step, one at which is evaluated, after which at the earliest only the best of several rates goes on."""
         if self.rung >= 1:
             return self.steps
         return min(self.steps, max(1, round(self.rung * self.steps / self.interval)) * self.interval)
@@ -130,6 +130,10 @@ class Fit:
         found = [loss for at, loss in self.judged if at <= step]
         sound = found and math.isfinite(found[-1]) and not (self.diverged and self.step <= step)
         return found[-1] if sound else math.inf
+
+    def accuracy_at(self, step: int) -> float:
+        """Accuracy on the validation split at the last evaluation up to a step; 0 where there is none."""
+        return next((accuracy for at, accuracy in reversed(self.validation) if at <= step), 0.0)
 
     def upto(self, step: int) -> Fit:
         """What it was after so many steps; later ones are left out, but for their time."""

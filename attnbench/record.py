@@ -12,10 +12,12 @@ from attnbench.case import Case
 from attnbench.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 SCHEMA = 1
 """Number of the record format; a reader refuses others."""
+DIGITS = 7
+"""significant digits that a sweep keeps: those of a float32, in which a GPU's clock gives milliseconds"""
 
 
 class Status(StrEnum):
@@ -249,9 +251,16 @@ class Record:
 
     def to_json(self) -> str:
         """One line."""
-        data = {"schema": SCHEMA, "case_id": self.case.case_id, **asdict(self), "case": self.case.as_dict()}
+        return self._line(float)
+
+    def rounded(self) -> Record:
+        """With what was measured to `DIGITS` significant digits, as a sweep keeps it; the case as it is."""
+        return Record.from_json(self._line(_shortened))
+
+    def _line(self, number: Callable[[float], float]) -> str:
+        data = {"schema": SCHEMA, "case_id": self.case.case_id, **_finite(asdict(self), number)}
         data = {k: v for k, v in data.items() if v is not None or k not in ("training", "energy", "kept_steps")}
-        return json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
+        return json.dumps(data | {"case": _finite(self.case.as_dict(), float)}, allow_nan=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> Record:
@@ -281,12 +290,16 @@ class Record:
         )
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
+def _shortened(value: float) -> float:
+    return float(f"{value:.{DIGITS}g}")
+
+
+def _finite(value: Any, number: Callable[[float], float]) -> Any:
+    if isinstance(value, float):
+        return number(value) if math.isfinite(value) else str(value)
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+        return {k: _finite(v, number) for k, v in value.items()}
+    return [_finite(v, number) for v in value] if isinstance(value, list | tuple) else value
 
 
 def _restored(value: Any) -> Any:

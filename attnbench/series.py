@@ -95,9 +95,10 @@ def _label(label: str, params: dict[str, Any], siblings: list[dict[str, Any]]) -
     title = (method.title if method else name) + (f" ({implementation})" if implementation else "")
     differing = [key for key in params if any(other.get(key) != params[key] for other in siblings)]
     by_value: dict[str, list[str]] = {}
-    for key in differing:
-        by_value.setdefault(str(params[key]), []).append(key)
-    return ", ".join([title, *("=".join([*keys, value]) for value, keys in by_value.items())])
+    for key in differing:  # numbers that are equal are named once; switches that are both on have nothing in common
+        value = str(params[key])
+        by_value.setdefault(f"{key}={value}" if isinstance(params[key], bool) else value, []).append(key)
+    return ", ".join([title, *("=".join([*keys, str(params[keys[0]])]) for keys in by_value.values())])
 
 
 def settings(rows: pd.DataFrame) -> str:

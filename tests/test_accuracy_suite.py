@@ -11,7 +11,6 @@ from attnbench import store, suite, suite_file
 from attnbench.cli._options import read_axes, read_budget, read_settings
 from attnbench.errors import UserError
 from attnbench.record import Status
-from attnbench.tasks.models import recipe
 from attnbench.tasks.swapped import base
 
 if TYPE_CHECKING:
@@ -120,12 +119,11 @@ def test_models_that_are_pruned_are_trained_as_in_the_suite_of_accuracy() -> Non
     assert pruned < earned
 
 
-def test_a_cell_that_misses_its_target_is_affordable() -> None:
+def test_a_cell_that_never_learns_is_affordable() -> None:
     """Tokens that a cell reads at all its rates, at the 1.9e7 a second that models of softmax with two blocks take together on an H200."""
     for one in suite_file.load("accuracy").expand():
-        settings = recipe(one, 1.0)
-        tokens = (one.steps + (len(one.rates.split("/")) - 1) * settings.cut) * one.batch * one.n
-        assert tokens * one.depth / 2 / 1.9e7 <= 45, one
+        tokens = one.steps * len(one.rates.split("/")) * one.batch * one.n
+        assert tokens * one.depth / 2 / 1.9e7 <= 75, one
 
 
 def again(command: str) -> set[str]:

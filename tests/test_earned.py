@@ -138,6 +138,15 @@ def test_suites_whose_tasks_are_many_are_split_into_figures_by_task() -> None:
     assert [g.place for g in curves.groups(table(*RECORDS))] == ["a-device-mqar", "a-device-pathfinder"]
 
 
+def test_lengths_that_train_for_other_numbers_of_steps_share_a_panel() -> None:
+    short = [reached(case("softmax", n=64, steps=steps), 0.5) for steps in (1, 10)]
+    rows = earned.asked(table(*short, *(reached(case("softmax", n=128, steps=steps), 0.5) for steps in (1, 20))))
+    assert set(zip(rows["panel"], rows["n"], rows["steps"], strict=True)) == {
+        ("mqar, steps=1", 64, 1), ("mqar, steps=1", 128, 1), ("mqar, all steps", 64, 10), ("mqar, all steps", 128, 20),
+    }  # fmt: skip
+    assert set(earned.asked(table(*short))["panel"]) == {"mqar, steps=1", "mqar, steps=10"}
+
+
 @pytest.mark.parametrize("module", [accuracy, curves, scores])
 def test_where_nothing_was_trained_nothing_is_drawn(module: Any) -> None:
     failed = Record(case("softmax"), Status.DIVERGED, "e", reasons=("loss",))

@@ -77,6 +77,12 @@ def test_labels_join_parameters_of_equal_value(tmp_path):
     assert sorted(series.labels(rows)) == ["MiTA, landmarks=64, topk=128", "MiTA, landmarks=topk=25"]
 
 
+def test_labels_join_no_switches(tmp_path):
+    cells = [synthetic.case("mita", {"causal": on, "legacy_cls_shift": on}) for on in (False, True)]
+    rows = table(tmp_path, [synthetic.ok(cell, 1e-3) for cell in cells])
+    assert "MiTA, causal=False, legacy_cls_shift=False" in set(series.labels(rows))
+
+
 def test_captions_state_the_parameters_that_labels_leave_out(tmp_path):
     cells = [synthetic.case("mita", {"landmarks": m, "topk": 9}) for m in (25, 64)]
     assert series.settings(table(tmp_path, [synthetic.ok(cell, 1e-3) for cell in cells])) == "MiTA: topk=9. "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from training_support import model, noise, recipe, task
 
-from attnbench.race import _next_size, _stop, race, ranked
+from attnbench.race import _next_size, _stop, learned, race, ranked
+from attnbench.race import cut as race_cut
 from attnbench.recipe import Score
 from attnbench.tasks import learning
 from attnbench.train import Trainer
@@ -120,6 +122,37 @@ def test_after_the_cut_only_the_best_goes_on_side_by_side_as_in_turn(tmp_path: P
         assert all(torch.equal(x, in_turn.state[name]) for name, x in together[best].model.state_dict().items())
 
 
+@pytest.mark.parametrize("at", [0, 20, 25, 30, 50])
+def test_as_long_as_none_does_better_than_a_guess_all_go_on(tmp_path: Path, at: int) -> None:
+    slow = (1e-5, 5e-5, 1e-4)
+    together = [trainer(rate, target=2.0) for rate in slow]
+    assert race(together) == 60
+    assert race_cut(together) == 30
+    assert [t.fit.step for t in together] == [30, 30, 60]
+    assert together[-1].fit.accuracy_at(25) < 0.48 < together[-1].fit.accuracy_at(30)
+
+    def kill(own: Trainer) -> None:
+        if own.fit.step == at:
+            raise KeyboardInterrupt
+
+    first = [trainer(rate, tmp_path, target=2.0) for rate in slow]
+    first[-1].tell = kill
+    with pytest.raises(KeyboardInterrupt) if at else contextlib.nullcontext():
+        race(first)
+    in_turn = learning._in_turn(lambda rate: trainer(rate, tmp_path, target=2.0), slow)
+    assert curves(in_turn.fits) == curves([t.fit for t in together])
+
+
+@pytest.mark.parametrize(("accuracy", "told"), [(0.25, False), (0.47, False), (0.49, True)])
+def test_a_guess_is_told_from_what_was_learned(accuracy: float, told: bool) -> None:
+    own = trainer(1e-3)
+    own.fit.validation = [(5, 1.0), (10, accuracy), (15, 0.0)]
+    assert (own.task.chance, own.recipe.batches("validation") * own.recipe.batch) == (0.25, 32)
+    assert learned(own.fit, own.recipe, own.task, 12) is told
+    assert learned(own.fit, own.recipe, own.task, 9)
+    assert not learned(own.fit, own.recipe, own.task, 4)
+
+
 @pytest.mark.parametrize("at", [10, 20, 33])
 def test_a_race_that_was_killed_before_or_after_the_cut_ends_as_if_it_had_not_been(tmp_path: Path, at: int) -> None:
     whole = [trainer(rate, target=2.0) for rate in RATES]
@@ -178,7 +211,7 @@ def test_a_target_that_is_reached_at_the_cut_ends_the_race_there_whoever_has_the
 
 
 def test_a_validation_loss_that_is_not_finite_ranks_last() -> None:
-    own = forged({1e-4: Score(0.0, 2.0), 1e-3: Score(0.0, float("nan")), 1e-2: Score(0.0, 1.0)})
+    own = forged({1e-4: Score(0.8, 2.0), 1e-3: Score(0.8, float("nan")), 1e-2: Score(0.8, 1.0)})
     assert race(own) == 60
     assert [t.fit.step for t in own] == [20, 20, 60]
     assert ranked([t.fit for t in own], 20) == [2, 0, 1]
@@ -201,7 +234,7 @@ def test_steps_that_the_last_run_added_after_the_cut_are_told(monkeypatch: pytes
     own = [trainer(rate) for rate in RATES]
     for one, kept in zip(own, (20, 33, 20), strict=True):
         one.kept = one.fit.step = kept
-    show = learning._Report(60 + 2 * 20)
+    show = learning._Report(settings(1e-3), 3)
     for one in own:
         show.watch(one)
     own[1].kept = own[1].fit.step = 50

@@ -92,6 +92,16 @@ def test_numbers_that_json_lacks_survive() -> None:
     assert again.gate.errors["dq"] != again.gate.errors["dq"]
 
 
+@given(records())
+def test_a_sweep_keeps_seven_digits_of_what_was_measured_and_all_of_the_case(one: Record) -> None:
+    kept = one.rounded()
+    assert kept.rounded() == kept == Record.from_json(kept.to_json())
+    assert kept.case == one.case
+    if one.timing is not None:
+        assert kept.timing is not None
+        assert kept.timing.samples_s == pytest.approx(one.timing.samples_s, rel=0.5e-6, abs=0)
+
+
 def unique(found: list[Record]) -> list[Record]:
     """An attempt is one line; two of the same instant and content do not happen."""
     return list({r.to_json(): r for r in found}.values())

@@ -62,7 +62,7 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     if drawn.empty:
         return None
     models = sorted(
-        {(p, s) for p, s in zip(drawn["panel"], drawn["series"], strict=True)}, key=lambda key: [series.natural(k) for k in key]
+        {(p, s) for p, s in zip(drawn["panel"], drawn["series"], strict=True)}, key=lambda key: [series.natural(k) for k in reversed(key)]
     )
     depth, width = int(drawn["layer"].max()) + 1, WIDTHS[columns]
     side = (width - 1.1) / (depth + 1)
@@ -75,7 +75,7 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
         for (panel, name), line in zip(rows, axes, strict=True):
             own = drawn[(drawn["panel"] == panel) & (drawn["series"] == name)]
             shade(line[0], image, None)
-            _label(line[0], f"{name}\n{panel}".replace(", steps", "\nsteps"))
+            _label(line[0], "\n".join([name, *panel.split(", ")]))
             for cell, layer in zip(line[1:], own.sort_values("layer").to_dict("records"), strict=False):
                 shade(cell, image, _share(layer["kept"], int(layer["n"]), int(layer["heads"]), str(layer["data"])))
                 cell.set_title(f"layer {layer['layer']}: {layer['pruned']:.0%}", fontsize=6, pad=2)

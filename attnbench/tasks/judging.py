@@ -14,8 +14,6 @@ from attnbench.tasks.models import recipe
 from attnbench.train import Trainer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from attnbench.case import Case
     from attnbench.nn import TinyTransformer
     from attnbench.recipe import Fit, Score
@@ -58,9 +56,4 @@ def training_of(case: Case, task: TrainedTask, model: TinyTransformer, outcome: 
 
 def _trial(case: Case, fit: Fit) -> Trial:
     speed = fit.timed * case.batch * case.n / fit.seconds if fit.seconds > 0 else None
-    return Trial(fit.rate, fit.step, _rounded(fit.losses), _rounded(fit.validation), fit.diverged, speed)
-
-
-def _rounded(curve: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """To six significant digits: a record holds hundreds of points."""
-    return tuple((step, float(f"{value:.6g}")) for step, value in curve)
+    return Trial(fit.rate, fit.step, tuple(fit.losses), tuple(fit.validation), fit.diverged, speed)

@@ -12,7 +12,7 @@ import torch
 from attnbench.case import rates
 from attnbench.data import Data
 from attnbench.isolate import Progress, report
-from attnbench.race import race, ranked
+from attnbench.race import cut, learned, race, ranked
 from attnbench.tasks.models import fresh, recipe, why_eager
 from attnbench.train import Trainer
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnbench.case import Case
-    from attnbench.recipe import Fit
+    from attnbench.recipe import Fit, Recipe
     from attnbench.tasks.trained import TrainedTask
 
 DRAWN = "drawn"
@@ -51,7 +51,7 @@ def train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Ou
     """
     data = Data(task, recipe(case, 1.0), device, folder / DRAWN if folder else None)
     tried = rates(case.rates)
-    show = _Report(case.steps + (len(tried) - 1) * recipe(case, 1.0).cut)
+    show = _Report(recipe(case, 1.0), len(tried))
 
     def trainer(rate: float) -> Trainer:
         path = folder / case.case_id / f"{rate:g}.pt" if folder else None
@@ -69,7 +69,7 @@ def _side_by_side(trainer: Callable[[float], Trainer], tried: Sequence[float]) -
     try:
         trainers += [trainer(rate) for rate in tried]
         end = race(trainers)
-        fits = [t.fit.upto(end) if end <= t.recipe.cut else t.fit for t in trainers]  # one that was in turn may have gone farther
+        fits = [t.fit.upto(end) if end <= cut(trainers) else t.fit for t in trainers]  # one that was in turn may have gone farther
         return replace(_chosen(fits, [_weights(t) for t in trainers]), together=len(tried))
     except torch.OutOfMemoryError:
         pass  # only behind it nothing holds what it held
@@ -80,27 +80,57 @@ def _side_by_side(trainer: Callable[[float], Trainer], tried: Sequence[float]) -
 
 def _in_turn(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> Outcome:
     """One rate after another, as far as all of them go or as any needed to reach the target; then the one that goes on."""
-    fits: list[Fit] = []
-    kept: list[dict[str, Any]] = []
-    end = 0
-    for rate in tried:
-        one = trainer(rate)
-        settings = one.recipe
-        end = race([one], end or (settings.cut if len(tried) > 1 else settings.steps))
-        fits.append(one.fit)
-        kept.append(one.copied())
+    turns = _Turns(trainer, tried)
+    end = turns.all(0)
+    while not (turns.over or turns.learned):
+        end = turns.all(end + turns.recipe.interval)
+    if turns.over:
+        return _chosen([fit.upto(end) for fit in turns.fits], turns.weights)
+    for number in ranked(turns.fits, end):
+        turns.take(number, turns.recipe.steps)
+        if not turns.fits[number].diverged:
+            break
+    return _chosen(turns.fits, turns.weights)
+
+
+class _Turns:
+    """Models of several learning rates that have the device in turn; in between their states lie on the CPU."""
+
+    def __init__(self, trainer: Callable[[float], Trainer], tried: Sequence[float]) -> None:
+        self.trainer, self.tried = trainer, tried
+        self.recipe: Recipe
+        """of the last that had its turn; they differ in the rate alone"""
+        self.over = self.learned = False
+        """whether one reached the target or the last step, whether one does better than a guess"""
+        self._kept: dict[int, tuple[Fit, dict[str, Any]]] = {}
+
+    @property
+    def fits(self) -> list[Fit]:
+        return [self._kept[number][0] for number in range(len(self.tried))]
+
+    @property
+    def weights(self) -> list[dict[str, Tensor]]:
+        return [self._kept[number][1]["model"] for number in range(len(self.tried))]
+
+    def all(self, end: int) -> int:
+        """All of them up to a step, or to the one at which the first reaches the target, which is returned; at first, for 0, to the cut."""
+        for number in range(len(self.tried)):
+            end = self.take(number, end)
+        return end
+
+    def take(self, number: int, end: int) -> int:
+        """One of them."""
+        one = self.trainer(self.tried[number])
+        self.recipe = one.recipe
+        if number in self._kept:
+            one.go_on(self._kept[number][1])
+        end = race([one], min(one.recipe.steps, end or (one.recipe.cut if len(self.tried) > 1 else one.recipe.steps)))
+        self._kept[number] = one.fit, one.copied()
+        self.over |= end == one.recipe.steps or one.fit.upto(end).reached >= one.recipe.target
+        self.learned |= learned(one.fit, one.recipe, one.task, end)
         del one
         _let_go()
-    if end == settings.steps or any(fit.upto(end).reached >= settings.target for fit in fits):
-        return _chosen([fit.upto(end) for fit in fits], [state["model"] for state in kept])
-    for number in ranked(fits, end):
-        one = trainer(tried[number])
-        one.go_on(kept[number])
-        race([one])
-        fits[number], kept[number] = one.fit, one.copied()
-        if not one.fit.diverged:
-            break
-    return _chosen(fits, [state["model"] for state in kept])
+        return end
 
 
 def _let_go() -> None:
@@ -124,13 +154,18 @@ def _weights(trainer: Trainer) -> dict[str, Tensor]:
 class _Report:
     """Tells whoever runs this cell how far it is, about once a second."""
 
-    def __init__(self, total: int) -> None:
-        self.total = total
-        """steps of all models, at most"""
+    def __init__(self, settings: Recipe, rates: int) -> None:
+        self.settings, self.rates = settings, rates
         self.heard: dict[float, tuple[int, int, float, float]] = {}
         """rate -> steps taken, steps that a checkpoint holds, loss, accuracy; no model, so that those that are done are let go"""
         self.begun, self.last = 0, 0.0
         report(Progress(0, self.total, "drawing examples"))
+
+    @property
+    def total(self) -> int:
+        """Steps of all models, at most, if the best goes on alone from here or from the cut."""
+        together = min((x[0] for x in self.heard.values()), default=0) if len(self.heard) == self.rates else 0
+        return self.settings.steps + (self.rates - 1) * max(self.settings.cut, together)
 
     def watch(self, trainer: Trainer) -> Trainer:
         """Tell of this model too."""

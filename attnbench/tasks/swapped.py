@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
     from attnbench.case import Case
     from attnbench.nn import TinyTransformer
+    from attnbench.record import Trial
     from attnbench.tasks.trained import TrainedTask
 
 
 def run(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Record:
     """Train with one method, or take the model that an earlier cell left, and test with another in its place.
 
-    Many cells share one training: of its curves each keeps that of the validation split alone.
+    Many cells share one training, whose curves only the cell of the method that trained keeps.
     """
     origin = base(case)
     if why := reasons(origin, task, device):
@@ -43,6 +44,7 @@ def run(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Reco
     model = fresh(case, task)
     lacking = transplant(outcome.state, model)
     score, training = judged(model, case, task, device, training_of(case, task, model, outcome))
+    trials = training.trials if replace(case, trained_with="") == origin else tuple(map(_without_curves, training.trials))
     notes = (f"not trained, as initialised: {', '.join(lacking[:4])}",) if lacking else ()
     metrics = {"accuracy": score.accuracy, "accuracy_before": before, "test_loss": score.loss, "parameters": float(training.parameters)}
     return Record(
@@ -52,9 +54,13 @@ def run(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Reco
         implementation(case, device),
         learned=model.mixing_count,
         input_hash=training.data_hash,
-        training=replace(training, notes=training.notes + notes, trials=tuple(replace(t, losses=()) for t in training.trials)),
+        training=replace(training, notes=training.notes + notes, trials=trials),
         metrics=metrics,
     )
+
+
+def _without_curves(trial: Trial) -> Trial:
+    return replace(trial, losses=(), validation=())
 
 
 def base(case: Case) -> Case:
