@@ -69,6 +69,16 @@ def asked(table: pd.DataFrame, *, swapped: bool = False) -> pd.DataFrame:
     return rows.assign(series=series.labels(rows.assign(params=_telling(rows))))
 
 
+def all_steps(rows: pd.DataFrame) -> str:
+    """How many steps the panels `all steps` of rows that `asked` has named stand for; empty where there are none."""
+    whole = rows[rows["panel"].str.contains(f", {_ALL}", regex=False)]
+    told = []
+    for panel, part in whole.groupby("panel", sort=True):
+        pairs = sorted(set(zip(part["n"], part["steps"], strict=True)))
+        told.append(f"{panel}: " + ", ".join(f"{steps:g} at N={n}" for n, steps in pairs))
+    return "; ".join(told)
+
+
 def titles(data: pd.Series[str]) -> dict[str, str]:
     """Task, `NAME`, `NAME:LEVEL` or `NAME:PATH` -> as it is printed: a folder by its own name where that tells it from the others."""
     short = {text: f"{name} ({PurePath(path).name})" if path else name for text in set(data) for name, _, path in [text.partition(":")]}
@@ -85,15 +95,15 @@ def _origin(text: str) -> str:
 def _parted(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows, panels split by settings of training that differ at one of their lengths: nothing is averaged over these.
 
-    Where lengths train for different numbers of steps, the largest number of each is `all steps`.
+    Where several lengths train for some numbers of steps each, and the largest differ, these are `all steps`.
     """
     for column in (c for c in _SETTINGS if c in rows):
         said = rows[column].where(rows[column].notna(), _UNSAID[column])
         values = said.map(lambda v: f"{v:g}" if isinstance(v, int | float) and v == v else str(v))  # noqa: PLR0124 (NaN)
-        if column == "steps":
-            most = said.groupby([rows["panel"], rows["n"]]).transform("max")
-            values = values.mask((said == most) & (most.groupby(rows["panel"]).transform("nunique") > 1), _ALL)
         within = values.groupby([rows["panel"], rows["n"]]).transform("nunique") > 1
+        if column == "steps":
+            most = said.groupby([rows["panel"], rows["n"]]).transform("max").where(within)
+            values = values.mask((said == most) & (most.groupby(rows["panel"]).transform("nunique") > 1), _ALL)
         several = within.groupby(rows["panel"]).transform("any")
         words = values.where(values == _ALL, f"{column}=" + values)
         rows = rows.assign(panel=rows["panel"].where(~several, rows["panel"] + ", " + words))

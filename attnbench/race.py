@@ -3,8 +3,8 @@
 After a share of the steps (`Recipe.rung`) only the one with the smallest loss on the validation split goes on, as in successive halving:
 Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943. But as long as none does better than a guess there is nothing to choose by:
 then all go on to the next evaluation. The race ends at the first evaluation at which one reaches the target, or else after the last step.
-Which rates are tried, how far and which wins are so determined by the recipe and the task alone; whether they run at once or one after
-another, and how often they were killed in between, changes nothing.
+Whether rates run at once or one after another, and how often they were killed in between, changes nothing: as far as a step gives the same
+bits, as on the CPU, recipe and task alone determine how far each goes and which wins.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from attnbench.tasks.trained import TrainedTask
     from attnbench.train import Trainer
 
-_ERRORS = 3.0
 _MOST, _SHORT_S, _LONG_S = 64, 0.2, 1.0
 """steps that are queued on a GPU before the host waits for it: more where they take less time than this, fewer where more"""
 
@@ -52,10 +51,14 @@ def cut(trainers: Sequence[Trainer]) -> int:
 
 
 def learned(fit: Fit, recipe: Recipe, task: TrainedTask, step: int) -> bool:
-    """Whether it does better than a guess on the validation split, by over three standard errors of one answer an example."""
+    """Whether its accuracy on the validation split is above that of a guess, or of one answer to all, by more than chance explains.
+
+    That is by `Recipe.errors` standard errors of an accuracy that is read off as many answers as there are examples.
+    """
     available = task.available("validation")
     examples = min(recipe.batches("validation", available) * recipe.batch, available or math.inf)
-    return fit.accuracy_at(step) > task.chance + _ERRORS * math.sqrt(task.chance * (1 - task.chance) / examples)
+    guess = max(task.chance, fit.constant)
+    return fit.accuracy_at(step) > guess + recipe.errors * math.sqrt(guess * (1 - guess) / examples)
 
 
 def _learned(trainers: Sequence[Trainer], step: int) -> bool:

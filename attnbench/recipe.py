@@ -40,6 +40,8 @@ class Recipe:
     """examples of the test split, at most; fewer where that would be over a quarter of those trained on"""
     rung: float = 1 / 3
     """share of the steps after which, of several learning rates, only the one that does best goes on, see `race`; 1: all go on"""
+    errors: float = 3.0
+    """standard errors by which a rate has to do better than a guess before the others stop"""
     target: float = 0.999
     """validation accuracy at which training may stop"""
     last: float = 0.0
@@ -95,6 +97,8 @@ class Score:
     loss: float
     groups: dict[str, float] = field(default_factory=dict)
     """slice -> accuracy; ranges of about as many examples each, `LOW-HIGH`, where there would be many slices"""
+    constant: float = 0.0
+    """accuracy of always giving the answer that is most often right"""
 
 
 @dataclass
@@ -110,6 +114,8 @@ class Fit:
     """(step, accuracy on the validation split)"""
     judged: list[tuple[int, float]] = field(default_factory=list)
     """(step, loss on the validation split), of the same steps"""
+    constant: float = 0.0
+    """accuracy on the validation split of always giving the same answer"""
     diverged: bool = False
     """whether a loss was not finite"""
     seconds: float = 0.0
@@ -132,8 +138,9 @@ class Fit:
         return found[-1] if sound else math.inf
 
     def accuracy_at(self, step: int) -> float:
-        """Accuracy on the validation split at the last evaluation up to a step; 0 where there is none."""
-        return next((accuracy for at, accuracy in reversed(self.validation) if at <= step), 0.0)
+        """Accuracy on the validation split at the last evaluation up to a step; 0 where there is none, or no finite loss by then."""
+        gone = self.diverged and self.step <= step
+        return 0.0 if gone else next((accuracy for at, accuracy in reversed(self.validation) if at <= step), 0.0)
 
     def upto(self, step: int) -> Fit:
         """What it was after so many steps; later ones are left out, but for their time."""

@@ -291,7 +291,7 @@ class Record:
 
 
 def _shortened(value: float) -> float:
-    return float(f"{value:.{DIGITS}g}")
+    return value if value.is_integer() else float(f"{value:.{DIGITS}g}")
 
 
 def _finite(value: Any, number: Callable[[float], float]) -> Any:

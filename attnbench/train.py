@@ -166,6 +166,7 @@ class Trainer:
             score = self.evaluate("validation")
             fit.validation.append((fit.step, score.accuracy))
             fit.judged.append((fit.step, score.loss))
+            fit.constant = score.constant
         if self.path and self.group.main and not self.over and self._due():
             self.save()
         self.tell(self)
@@ -200,10 +201,11 @@ class Trainer:
             with self._steps.on_stream():
                 seen = self._scored(split)
         self.wait()
-        right, used, groups, losses = (x.cpu() for x in seen)
+        right, used, groups, targets, losses = (x.cpu() for x in seen)
         most = self.task.available(split) or None  # a finite split starts over in the last batch
         hits, slices = right[used].double()[:most], groups[used][:most]
-        return Score(float(hits.mean()), float(losses.double().mean()), by_slice(hits, slices))
+        constant = float(targets[used][:most].bincount().max()) / len(hits)
+        return Score(float(hits.mean()), float(losses.double().mean()), by_slice(hits, slices), constant)
 
     def _validate(self) -> None:
         try:
@@ -216,13 +218,14 @@ class Trainer:
         self._seen = self._scored("validation")
 
     def _scored(self, split: Split) -> Seen:
-        """Of each target: whether it was met, whether it counts, its slice; and the loss of each batch."""
+        """Of each target: whether it was met, whether it counts, its slice, itself; and the loss of each batch."""
         training, seen = self.model.training, []
         self.model.eval()
         with torch.no_grad():
             for batch in self.batches.held_out(split):
                 loss, scores = self._loss(batch)
-                found = scores.argmax(-1) == batch.targets, batch.targets != IGNORED, batch.groups, loss.view(1)
+                met, counts = scores.argmax(-1) == batch.targets, batch.targets != IGNORED
+                found = met, counts, batch.groups, batch.targets, loss.view(1)
                 seen.append(tuple(map(self.group.gather, found)))
         self.model.train(training)
         return tuple(torch.cat(parts) for parts in zip(*seen, strict=True))

@@ -144,7 +144,11 @@ def test_lengths_that_train_for_other_numbers_of_steps_share_a_panel() -> None:
     assert set(zip(rows["panel"], rows["n"], rows["steps"], strict=True)) == {
         ("mqar, steps=1", 64, 1), ("mqar, steps=1", 128, 1), ("mqar, all steps", 64, 10), ("mqar, all steps", 128, 20),
     }  # fmt: skip
+    assert earned.all_steps(rows) == "mqar, all steps: 10 at N=64, 20 at N=128"
     assert set(earned.asked(table(*short))["panel"]) == {"mqar, steps=1", "mqar, steps=10"}
+    begun = earned.asked(table(*short, reached(case("softmax", n=128, steps=1), 0.5)))
+    assert set(begun["panel"]) == {"mqar, steps=1", "mqar, steps=10"}, "where the longest is still to come it is none of all"
+    assert earned.all_steps(begun) == ""
 
 
 @pytest.mark.parametrize("module", [accuracy, curves, scores])

@@ -151,6 +151,14 @@ def test_a_guess_is_told_from_what_was_learned(accuracy: float, told: bool) -> N
     assert learned(own.fit, own.recipe, own.task, 12) is told
     assert learned(own.fit, own.recipe, own.task, 9)
     assert not learned(own.fit, own.recipe, own.task, 4)
+    own.fit.validation[1] = (10, 0.6)
+    own.fit.constant = 0.5  # what one answer to all would reach
+    assert not learned(own.fit, own.recipe, own.task, 12)
+    own.fit.constant = 0.3
+    assert learned(own.fit, own.recipe, own.task, 12)
+    own.fit.step, own.fit.diverged = 12, True
+    assert not learned(own.fit, own.recipe, own.task, 12)
+    assert learned(own.fit, own.recipe, own.task, 11), "before it diverged"
 
 
 @pytest.mark.parametrize("at", [10, 20, 33])
@@ -242,6 +250,13 @@ def test_steps_that_the_last_run_added_after_the_cut_are_told(monkeypatch: pytes
     show.watch(own[1])  # in turn it comes back once more
     show(own[1])
     assert [(p.done, p.total, p.kept, p.gained) for p in told[1:]] == [(90, 100, 90, True)] * 2
+
+
+@pytest.mark.parametrize(("heard", "total"), [((), 100), ((60, 60, 3), 180), ((30, 45, 30), 120), ((20, 60, 20), 100), ((25, 20, 20), 100)])
+def test_models_that_go_on_together_have_more_steps_before_them(heard: tuple[int, ...], total: int) -> None:
+    show = learning._Report(settings(1e-3), 3)
+    show.heard = {float(i): (step, 0, 0.0, 0.0) for i, step in enumerate(heard)}
+    assert show.total == total
 
 
 def test_the_rung_of_one_lets_all_rates_go_to_the_end() -> None:

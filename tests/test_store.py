@@ -97,6 +97,8 @@ def test_a_sweep_keeps_seven_digits_of_what_was_measured_and_all_of_the_case(one
     kept = one.rounded()
     assert kept.rounded() == kept == Record.from_json(kept.to_json())
     assert kept.case == one.case
+    counted = replace(one, status=Status.OK, metrics={"parameters": 22050664.0, "accuracy": 1 / 3}).rounded()
+    assert counted.metrics == {"parameters": 22050664.0, "accuracy": 0.3333333}
     if one.timing is not None:
         assert kept.timing is not None
         assert kept.timing.samples_s == pytest.approx(one.timing.samples_s, rel=0.5e-6, abs=0)

@@ -190,6 +190,7 @@ def test_accuracy_is_counted_by_slice_and_where_the_mask_is_set() -> None:
     score = trainer.evaluate("test")
     assert score.groups == {"0": 1.0, "1": 0.0}
     assert score.accuracy == pytest.approx((1 + 3 + 5 + 7) / sum(range(1, 9)))
+    assert score.constant == pytest.approx((2 + 4 + 6 + 8) / sum(range(1, 9)))
 
 
 def test_many_slices_are_told_as_ranges() -> None:

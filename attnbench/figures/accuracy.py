@@ -96,7 +96,9 @@ def caption(table: pd.DataFrame, drawn: pd.DataFrame, before: str = "", after: s
 def conditions(table: pd.DataFrame, drawn: pd.DataFrame) -> str:
     """How the models of a table were trained, and what the labels leave out of the methods that are drawn."""
     rows = table[table["task"] == earned.TASK]
-    return f"{series.describe(rows)}. {series.settings(rows[rows['method'].isin(drawn['method'])])}".strip()
+    steps = earned.all_steps(earned.asked(rows))
+    told = f"{series.describe(rows)}. {series.settings(rows[rows['method'].isin(drawn['method'])])}".strip()
+    return f"{told} {steps}." if steps else told
 
 
 def over_seeds(drawn: pd.DataFrame) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from attnbench.tasks.learning import Outcome
     from attnbench.tasks.trained import TrainedTask
 
-_SHARED = ("warmup", "weight_decay", "betas", "clip", "evaluations", "validated", "tested", "rung", "target", "examples", "last")
+_SHARED = ("warmup", "weight_decay", "betas", "clip", "evaluations", "validated", "tested", "rung", "errors", "target", "examples", "last")
 """settings of the recipe that are the same for every case of a task"""
 
 

@@ -164,7 +164,8 @@ class _Report:
     @property
     def total(self) -> int:
         """Steps of all models, at most, if the best goes on alone from here or from the cut."""
-        together = min((x[0] for x in self.heard.values()), default=0) if len(self.heard) == self.rates else 0
+        steps = sorted(x[0] for x in self.heard.values())
+        together = steps[-2] if len(steps) == self.rates > 1 else 0
         return self.settings.steps + (self.rates - 1) * max(self.settings.cut, together)
 
     def watch(self, trainer: Trainer) -> Trainer:
