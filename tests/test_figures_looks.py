@@ -55,6 +55,22 @@ def test_wide_names_do_not_touch():
     assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
+def test_names_stay_within_the_axes_and_off_strokes():
+    from matplotlib.text import Text
+
+    figure = Figure(figsize=(2, 2), dpi=300)  # with few pixels letters are wider than their outlines
+    axes = figure.add_subplot(xlim=(0, 1), ylim=(0, 1))
+    figure.draw_without_rendering()
+    points = [(0.3, 0.5), (0.7, 0.2), (0.35, 0.97)]
+    strokes = [[(0.3, 0.4), (0.3, 0.65)]]
+    annotate(axes, [Name("a name that takes most of a width", p, False, "k") for p in points], points, strokes)
+    figure.draw_without_rendering()
+    window, boxes = axes.get_window_extent(), [Text.get_window_extent(t) for t in axes.texts]
+    assert all(window.x0 <= b.x0 and b.x1 <= window.x1 and window.y0 <= b.y0 and b.y1 <= window.y1 for b in boxes)
+    lines = [axes.transData.transform(line) for line in strokes]
+    assert not any(b.x0 < x < b.x1 and b.y1 > low and b.y0 < high for b in boxes for (x, low), (_, high) in lines)
+
+
 def test_lines_to_names_cross_neither_points_nor_names():
     from attnbench.figures._place import _away, _cost, _crosses
 

@@ -167,4 +167,5 @@ def _name(axes: Axes, part: pd.DataFrame, entries: dict[str, dict[str, Any]]) ->
     names = [
         Name(str(p["series"]), spot, bool(p["front"]), entries[str(p["series"])]["color"]) for p, spot in zip(ranked, spots, strict=True)
     ]
-    annotate(axes, names, spots, [_staircase(part)])
+    ranges = [[(float(p["cost"]), float(p["low"])), (float(p["cost"]), float(p["high"]))] for p in ranked]
+    annotate(axes, names, spots, [_staircase(part), *ranges])

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _SIZE = 5.5
 _GAP = 2.0
-"""Points between names side by side."""
+"""Points between names side by side, and to the edge of the axes."""
 Point = tuple[float, float]
 _Box = tuple[float, float, float, float]
 
@@ -45,12 +45,13 @@ def annotate(axes: Axes, names: Sequence[Name], points: Sequence[Point], lines: 
         return float(x) / scale, float(y) / scale
 
     window = axes.get_window_extent()
-    bounds = (window.x0 / scale, window.y0 / scale, window.x1 / scale, window.y1 / scale)
+    bounds = (window.x0 / scale + _GAP, window.y0 / scale + _GAP, window.x1 / scale - _GAP, window.y1 / scale - _GAP)
     taken = [_around(*place(p)) for p in points] + [_stroke(place(a), place(b)) for path in lines for a, b in itertools.pairwise(path)]
     for name in names:
         x, y = place(name.point)
         wide, high = _width(name), _SIZE * 1.15
-        box = min(_candidates(x, y, wide, high), key=lambda c: _cost(c, taken, bounds, (x, y)))
+        near = list(_candidates(x, y, wide, high))
+        box = min([*near, *(_pushed(c, bounds) for c in near)], key=lambda c: _cost(c, taken, bounds, (x, y)))
         taken.append((box[0] - _GAP, box[1], box[2] + _GAP, box[3]))
         away = _away(box, (x, y))
         axes.annotate(
@@ -75,11 +76,18 @@ def _around(x: float, y: float) -> _Box:
 
 
 def _candidates(x: float, y: float, wide: float, high: float) -> Iterator[_Box]:
-    for away in (4, 10, 18, 27, 38):
+    for away in (4, 10, 18, 27, 38, 52):
         for left, low in ((away, -high / 2), (-away - wide, -high / 2), (-wide / 2, away), (-wide / 2, -away - high),
                           (away * 0.7, away * 0.7), (away * 0.7, -away * 0.7 - high), (-away * 0.7 - wide, away * 0.7),
                           (-away * 0.7 - wide, -away * 0.7 - high)):  # fmt: skip
             yield (x + left, y + low, x + left + wide, y + low + high)
+
+
+def _pushed(box: _Box, bounds: _Box) -> _Box:
+    """Moved into the bounds, where it fits."""
+    right = max(0.0, bounds[0] - box[0]) - max(0.0, box[2] - bounds[2])
+    up = max(0.0, bounds[1] - box[1]) - max(0.0, box[3] - bounds[3])
+    return (box[0] + right, box[1] + up, box[2] + right, box[3] + up)
 
 
 def _cost(box: _Box, taken: Sequence[_Box], bounds: _Box, point: Point) -> float:
