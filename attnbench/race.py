@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -24,30 +24,76 @@ _MOST, _SHORT_S, _LONG_S = 64, 0.2, 1.0
 """steps that are queued on a GPU before the host waits for it: more where they take less time than this, fewer where more"""
 
 
-def race(trainers: Sequence[Trainer], end: int | None = None) -> int:
-    """Train models whose recipes differ in the rate alone, up to the step at which the first is done; at most to `end`.
+class Field(Protocol):
+    """Models whose recipes differ in the rate alone, however they share the device."""
 
-    Returns the step at which the race ended: those that ran before know only then how far they should have gone (`Fit.upto`). Models that
-    went on from checkpoints of different ages wait for each other.
-    """
-    recipe = trainers[0].recipe
+    recipe: Recipe
+    """of one of them"""
+    task: TrainedTask
+
+    @property
+    def fits(self) -> Sequence[Fit]:
+        """What each left behind so far; known once they ran."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    def together(self, end: int) -> int:
+        """All of them up to a step, or to the one at which the first reaches the target, which is returned."""
+
+    def alone(self, number: int, end: int) -> int:
+        """One of them likewise."""
+
+
+class Ended(NamedTuple):
+    """How a race ended."""
+
+    step: int
+    fits: list[Fit]
+    """as they are judged: where all ran to the end, without what one that was ahead did after it"""
+
+
+def run(field: Field, end: int | None = None) -> Ended:
+    """The race, up to the step at which the first is done; at most to `end`."""
+    recipe = field.recipe
     end = recipe.steps if end is None else end
-    reached = _together(trainers, min(end, recipe.cut) if len(trainers) > 1 else end)
-    while reached < end and not any(t.fit.upto(reached).reached >= recipe.target for t in trainers):
-        if _learned(trainers, reached):
-            reached = _alone(trainers, reached, end)
+    reached = field.together(min(end, recipe.cut) if field.size > 1 else end)
+    while not (over := reached >= end or any(fit.upto(reached).reached >= recipe.target for fit in field.fits)):
+        if any(learned(fit, recipe, field.task, reached) for fit in field.fits):
             break
-        reached = _together(trainers, min(end, reached + recipe.interval))
+        reached = field.together(min(end, reached + recipe.interval))
+    if over:
+        return Ended(reached, [fit.upto(reached) for fit in field.fits])
+    for number in ranked(field.fits, reached):  # where the best stops being finite, the next best goes on
+        reached = field.alone(number, end)
+        if not field.fits[number].diverged:
+            return Ended(reached, list(field.fits))
+    return Ended(end, list(field.fits))
+
+
+def race(trainers: Sequence[Trainer], end: int | None = None) -> Ended:
+    """The race of models that are on the device side by side. Those that went on from checkpoints of different ages wait for each other."""
+    ended = run(_SideBySide(trainers), end)
     for trainer in trainers:
         trainer.finish()
-    return reached
+    return ended
 
 
-def cut(trainers: Sequence[Trainer]) -> int:
-    """The step after which only the best of them went on; that of the end where all did."""
-    recipe = trainers[0].recipe
-    later = range(recipe.cut, recipe.steps, recipe.interval)
-    return next((step for step in later if _learned(trainers, step)), recipe.steps)
+class _SideBySide:
+    def __init__(self, trainers: Sequence[Trainer]) -> None:
+        self.trainers, self.size = trainers, len(trainers)
+        self.recipe, self.task = trainers[0].recipe, trainers[0].task
+
+    @property
+    def fits(self) -> list[Fit]:
+        return [t.fit for t in self.trainers]
+
+    def together(self, end: int) -> int:
+        return _together(self.trainers, end)
+
+    def alone(self, number: int, end: int) -> int:
+        return _together([self.trainers[number]], end)
 
 
 def learned(fit: Fit, recipe: Recipe, task: TrainedTask, step: int) -> bool:
@@ -61,22 +107,9 @@ def learned(fit: Fit, recipe: Recipe, task: TrainedTask, step: int) -> bool:
     return fit.accuracy_at(step) > guess + recipe.errors * math.sqrt(guess * (1 - guess) / examples)
 
 
-def _learned(trainers: Sequence[Trainer], step: int) -> bool:
-    return any(learned(t.fit, t.recipe, t.task, step) for t in trainers)
-
-
 def ranked(fits: Sequence[Fit], step: int) -> list[int]:
     """Their numbers, those that do best at a step first: the smallest loss on the validation split, of several the first."""
     return sorted(range(len(fits)), key=lambda i: fits[i].loss_at(step))
-
-
-def _alone(trainers: Sequence[Trainer], cut: int, end: int) -> int:
-    """The best at the cut goes on up to `end` or to the target; where its loss stops being finite, the next best."""
-    for number in ranked([t.fit for t in trainers], cut):
-        reached = _together([trainers[number]], end)
-        if not trainers[number].fit.diverged:
-            return reached
-    return end
 
 
 def _together(trainers: Sequence[Trainer], end: int) -> int:

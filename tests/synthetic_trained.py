@@ -10,8 +10,9 @@ import numpy as np
 import synthetic
 
 from attnbench import suite_file
-from attnbench.record import Record, Status, Training, Trial
+from attnbench.record import Record, Status
 from attnbench.tasks import routing
+from attnbench.trials import Training, Trial
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

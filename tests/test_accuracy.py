@@ -48,7 +48,7 @@ def test_a_record_of_training_is_read_back_as_it_was_written() -> None:
 
 
 def test_the_record_holds_what_was_tried_and_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("attnbench.tasks.learning.learned", lambda *_: True)
+    monkeypatch.setattr("attnbench.race.learned", lambda *_: True)
     record = accuracy.run(case("linformer", {"rank": 4}, rates="1e-9/0.001", steps=20), "cpu")
     training = record.training
     assert [trial.rate for trial in training.trials] == [1e-9, 0.001]

@@ -12,7 +12,8 @@ import attnbench
 from attnbench import earned, frame, tables
 from attnbench.case import Case
 from attnbench.figures import accuracy, curves, scores
-from attnbench.record import Memory, Record, Status, Timing, Training, Trial
+from attnbench.record import Memory, Record, Status, Timing
+from attnbench.trials import Training, Trial
 
 
 def case(method: str, params: dict[str, object] | None = None, **changes: Any) -> Case:

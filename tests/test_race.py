@@ -10,7 +10,6 @@ import torch
 from training_support import model, noise, recipe, task
 
 from attnbench.race import _next_size, _stop, learned, race, ranked
-from attnbench.race import cut as race_cut
 from attnbench.recipe import Score
 from attnbench.tasks import learning
 from attnbench.train import Trainer
@@ -30,17 +29,22 @@ def trainer(rate: float, folder: Path | None = None, **changes: object) -> Train
     return Trainer(model(), task(), settings(rate, **{"target": 0.9, **changes}), path=path, save_s=0.0)
 
 
+def in_turn_of(rates: tuple[float, ...], folder: Path | None = None, **changes: object) -> learning.Outcome:
+    same = settings(1.0, **{"target": 0.9, **changes})
+    return learning._in_turn(lambda rate: trainer(rate, folder, **changes), rates, same, task())
+
+
 def curves(fits: list) -> list:
     return [(fit.step, fit.losses, fit.validation) for fit in fits]
 
 
 def test_side_by_side_is_one_after_another() -> None:
     together = [trainer(rate) for rate in RATES]
-    end = race(together)
+    end = race(together).step
     assert end < 60, "it ends where the first reaches the target"
     assert {t.fit.step for t in together} == {end}
     assert max(t.fit.reached for t in together) >= 0.9
-    in_turn = learning._in_turn(trainer, RATES)
+    in_turn = in_turn_of(RATES)
     assert curves(in_turn.fits) == curves([t.fit for t in together])
     chosen = learning._chosen([t.fit for t in together], [t.model.state_dict() for t in together])
     assert chosen.best == in_turn.best
@@ -74,7 +78,7 @@ def test_a_rate_that_diverges_leaves_the_others_in_the_race() -> None:
     own = [Trainer(model(per_token=True), task(batch=noise, per_token=True), recipe(rate=rate)) for rate in (1e-3, 2e-3)]
     step = own[1].step
     own[1].step = lambda batch: step(batch) * float("nan" if own[1].fit.step == 5 else 1)
-    assert race(own) == 12
+    assert race(own).step == 12
     assert [(t.fit.diverged, t.fit.step) for t in own] == [(False, 12), (True, 6)]
     chosen = learning._chosen([t.fit for t in own], [{}, {}])
     assert chosen.best == 0
@@ -109,14 +113,14 @@ def test_the_host_looks_at_every_point_and_waits_for_a_gpu_about_once_a_second()
 
 def test_after_the_cut_only_the_best_goes_on_side_by_side_as_in_turn(tmp_path: Path) -> None:
     together = [trainer(rate, target=2.0) for rate in RATES]
-    assert race(together) == 60
+    assert race(together).step == 60
     steps = [t.fit.step for t in together]
     assert sorted(steps) == [20, 20, 60]
     best = steps.index(60)
     losses = [t.fit.loss_at(20) for t in together]
     assert losses[best] == min(losses)
     for path in (None, tmp_path):
-        in_turn = learning._in_turn(lambda rate, path=path: trainer(rate, path, target=2.0), RATES)
+        in_turn = in_turn_of(RATES, path, target=2.0)
         assert curves(in_turn.fits) == curves([t.fit for t in together])
         assert in_turn.best == best
         assert all(torch.equal(x, in_turn.state[name]) for name, x in together[best].model.state_dict().items())
@@ -126,8 +130,7 @@ def test_after_the_cut_only_the_best_goes_on_side_by_side_as_in_turn(tmp_path: P
 def test_as_long_as_none_does_better_than_a_guess_all_go_on(tmp_path: Path, at: int) -> None:
     slow = (1e-5, 5e-5, 1e-4)
     together = [trainer(rate, target=2.0) for rate in slow]
-    assert race(together) == 60
-    assert race_cut(together) == 30
+    assert race(together).step == 60
     assert [t.fit.step for t in together] == [30, 30, 60]
     assert together[-1].fit.accuracy_at(25) < 0.48 < together[-1].fit.accuracy_at(30)
 
@@ -139,7 +142,7 @@ def test_as_long_as_none_does_better_than_a_guess_all_go_on(tmp_path: Path, at: 
     first[-1].tell = kill
     with pytest.raises(KeyboardInterrupt) if at else contextlib.nullcontext():
         race(first)
-    in_turn = learning._in_turn(lambda rate: trainer(rate, tmp_path, target=2.0), slow)
+    in_turn = in_turn_of(slow, tmp_path, target=2.0)
     assert curves(in_turn.fits) == curves([t.fit for t in together])
 
 
@@ -179,7 +182,7 @@ def test_a_race_that_was_killed_before_or_after_the_cut_ends_as_if_it_had_not_be
     assert second[best].fit.step == at
     race(second)
     assert curves([t.fit for t in second]) == curves([t.fit for t in whole])
-    third = learning._in_turn(lambda rate: trainer(rate, tmp_path, target=2.0), RATES)
+    third = in_turn_of(RATES, tmp_path, target=2.0)
     assert curves(third.fits) == curves([t.fit for t in whole]), "in turn, from checkpoints that are beyond the cut"
 
 
@@ -188,7 +191,7 @@ def test_where_the_best_diverges_after_the_cut_the_next_best_goes_on() -> None:
     best = 1
     step = own[best].step
     own[best].step = lambda batch: step(batch) * float("nan" if own[best].fit.step == 7 else 1)
-    assert race(own) == 12
+    assert race(own).step == 12
     assert [(t.fit.diverged, t.fit.step) for t in own] == [(False, 12), (True, 8)]
     assert learning._chosen([t.fit for t in own], [{}, {}]).best == 0
 
@@ -213,14 +216,14 @@ def test_a_target_that_is_reached_at_the_cut_ends_the_race_there_whoever_has_the
     own = forged(scores)
     for one in own:
         one.evaluate = lambda _, one=one: scores[one.recipe.rate] if one.fit.step >= 20 else Score(0.0, 2.0)  # type: ignore[method-assign]
-    assert race(own) == 20
+    assert race(own).step == 20
     assert [t.fit.step for t in own] == [20, 20]
     assert learning._chosen([t.fit for t in own], [{}, {}]).best == 0
 
 
 def test_a_validation_loss_that_is_not_finite_ranks_last() -> None:
     own = forged({1e-4: Score(0.8, 2.0), 1e-3: Score(0.8, float("nan")), 1e-2: Score(0.8, 1.0)})
-    assert race(own) == 60
+    assert race(own).step == 60
     assert [t.fit.step for t in own] == [20, 20, 60]
     assert ranked([t.fit for t in own], 20) == [2, 0, 1]
 

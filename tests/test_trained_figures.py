@@ -28,8 +28,9 @@ from attnbench.figures import (
     swap_heat,
     swap_in,
 )
-from attnbench.record import Record, Training
+from attnbench.record import Record
 from attnbench.tasks import routing, trained
+from attnbench.trials import Training
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from attnbench.figures._panel import Across
     from attnbench.metrics import Metric
-    from attnbench.record import Training
+    from attnbench.trials import Training
 
 
 @dataclass(frozen=True)

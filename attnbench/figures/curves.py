@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-    from attnbench.record import Training
+    from attnbench.trials import Training
 
 NAME = "curves"
 LABEL = "training step"

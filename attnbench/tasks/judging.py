@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnbench.batches import prepared
-from attnbench.record import Training, Trial
 from attnbench.tasks import routing
 from attnbench.tasks.models import recipe
 from attnbench.train import Trainer
+from attnbench.trials import Training, Trial
 
 if TYPE_CHECKING:
     from attnbench.case import Case

@@ -12,7 +12,7 @@ import torch
 from attnbench.case import rates
 from attnbench.data import Data
 from attnbench.isolate import Progress, report
-from attnbench.race import cut, learned, race, ranked
+from attnbench.race import race, run
 from attnbench.tasks.models import fresh, recipe, why_eager
 from attnbench.train import Trainer
 
@@ -49,9 +49,9 @@ def train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Ou
 
     On a GPU they train side by side, one after another where they do not fit, or on a CPU: that changes speed alone, see `race`.
     """
-    data = Data(task, recipe(case, 1.0), device, folder / DRAWN if folder else None)
-    tried = rates(case.rates)
-    show = _Report(recipe(case, 1.0), len(tried))
+    settings, tried = recipe(case, 1.0), rates(case.rates)
+    data = Data(task, settings, device, folder / DRAWN if folder else None)
+    show = _Report(settings, len(tried))
 
     def trainer(rate: float) -> Trainer:
         path = folder / case.case_id / f"{rate:g}.pt" if folder else None
@@ -60,7 +60,7 @@ def train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Ou
 
     if device != "cpu" and len(tried) > 1 and (outcome := _side_by_side(trainer, tried)):
         return outcome
-    return _in_turn(trainer, tried)
+    return _in_turn(trainer, tried, settings, task)
 
 
 def _side_by_side(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> Outcome | None:
@@ -68,9 +68,8 @@ def _side_by_side(trainer: Callable[[float], Trainer], tried: Sequence[float]) -
     trainers: list[Trainer] = []
     try:
         trainers += [trainer(rate) for rate in tried]
-        end = race(trainers)
-        fits = [t.fit.upto(end) if end <= cut(trainers) else t.fit for t in trainers]  # one that was in turn may have gone farther
-        return replace(_chosen(fits, [_weights(t) for t in trainers]), together=len(tried))
+        ended = race(trainers)
+        return replace(_chosen(ended.fits, [_weights(t) for t in trainers]), together=len(tried))
     except torch.OutOfMemoryError:
         pass  # only behind it nothing holds what it held
     trainers.clear()
@@ -78,59 +77,43 @@ def _side_by_side(trainer: Callable[[float], Trainer], tried: Sequence[float]) -
     return None
 
 
-def _in_turn(trainer: Callable[[float], Trainer], tried: Sequence[float]) -> Outcome:
-    """One rate after another, as far as all of them go or as any needed to reach the target; then the one that goes on."""
-    turns = _Turns(trainer, tried)
-    end = turns.all(0)
-    while not (turns.over or turns.learned):
-        end = turns.all(end + turns.recipe.interval)
-    if turns.over:
-        return _chosen([fit.upto(end) for fit in turns.fits], turns.weights)
-    for number in ranked(turns.fits, end):
-        turns.take(number, turns.recipe.steps)
-        if not turns.fits[number].diverged:
-            break
-    return _chosen(turns.fits, turns.weights)
+def _in_turn(trainer: Callable[[float], Trainer], tried: Sequence[float], settings: Recipe, task: TrainedTask) -> Outcome:
+    """One rate after another, as far as all of them go; then the one that goes on."""
+    turns = _Turns(trainer, tried, settings, task)
+    ended = run(turns)
+    return _chosen(ended.fits, turns.weights)
 
 
 class _Turns:
     """Models of several learning rates that have the device in turn; in between their states lie on the CPU."""
 
-    def __init__(self, trainer: Callable[[float], Trainer], tried: Sequence[float]) -> None:
-        self.trainer, self.tried = trainer, tried
-        self.recipe: Recipe
-        """of the last that had its turn; they differ in the rate alone"""
-        self.over = self.learned = False
-        """whether one reached the target or the last step, whether one does better than a guess"""
+    def __init__(self, trainer: Callable[[float], Trainer], tried: Sequence[float], settings: Recipe, task: TrainedTask) -> None:
+        self.trainer, self.tried, self.size = trainer, tried, len(tried)
+        self.recipe, self.task = settings, task
         self._kept: dict[int, tuple[Fit, dict[str, Any]]] = {}
 
     @property
     def fits(self) -> list[Fit]:
-        return [self._kept[number][0] for number in range(len(self.tried))]
+        return [self._kept[number][0] for number in range(self.size)]
 
     @property
     def weights(self) -> list[dict[str, Tensor]]:
-        return [self._kept[number][1]["model"] for number in range(len(self.tried))]
+        return [self._kept[number][1]["model"] for number in range(self.size)]
 
-    def all(self, end: int) -> int:
-        """All of them up to a step, or to the one at which the first reaches the target, which is returned; at first, for 0, to the cut."""
-        for number in range(len(self.tried)):
-            end = self.take(number, end)
+    def together(self, end: int) -> int:
+        for number in range(self.size):
+            end = self.alone(number, end)
         return end
 
-    def take(self, number: int, end: int) -> int:
-        """One of them."""
+    def alone(self, number: int, end: int) -> int:
         one = self.trainer(self.tried[number])
-        self.recipe = one.recipe
         if number in self._kept:
             one.go_on(self._kept[number][1])
-        end = race([one], min(one.recipe.steps, end or (one.recipe.cut if len(self.tried) > 1 else one.recipe.steps)))
+        reached = race([one], end).step
         self._kept[number] = one.fit, one.copied()
-        self.over |= end == one.recipe.steps or one.fit.upto(end).reached >= one.recipe.target
-        self.learned |= learned(one.fit, one.recipe, one.task, end)
         del one
         _let_go()
-        return end
+        return reached
 
 
 def _let_go() -> None:

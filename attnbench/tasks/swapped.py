@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from attnbench.case import Case
     from attnbench.nn import TinyTransformer
-    from attnbench.record import Trial
     from attnbench.tasks.trained import TrainedTask
+    from attnbench.trials import Trial
 
 
 def run(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Record:
