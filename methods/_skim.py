@@ -16,7 +16,7 @@ STAGES = {
     "score": ("topk_score_kernel",),
     "select": ("topk_select_kernel",),
     "attend": ("gather_attend_kernel",),
-    "attend gradient": ("gather_query_gradient_kernel", "gather_key_gradient_kernel", "key_sum_kernel"),
+    "attend gradient": ("gather_gradient_kernel",),
 }
 
 

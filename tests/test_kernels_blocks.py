@@ -13,8 +13,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import attnbench
 from attnbench.check import gate
 from attnbench.inputs import draw
-from attnbench.kernels import _sort as sorting
 from attnbench.kernels.blocks import _operator as launches
+from attnbench.kernels.blocks import _sort as sorting
 from attnbench.kernels.blocks import attend_blocks, attend_regions, route_blocks, supported
 from attnbench.kernels.compress import Selection, attend_compressed
 from attnbench.method import Shape

@@ -9,9 +9,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from attnbench.kernels import _sort
 from attnbench.kernels._define import power
-from attnbench.kernels.blocks import _keys, _pairs, _regions, _route
+from attnbench.kernels.blocks import _keys, _pairs, _regions, _route, _sort
 from attnbench.kernels.blocks._plan import plan, region_tile
 from attnbench.kernels.compress import _attend, _choose, _gradient
 

@@ -12,15 +12,15 @@ from triton.compiler import ASTSource
 from attnbench.kernels import gather, topk
 from attnbench.kernels.spark import _forward, _gradient, _lists
 
-WIDE = ("gate", "chunk_top", "block_top", "score", "lse", "limit", "used", "delta", "mean", "squares", "part_k", "part_v")
-LISTS = ("index", "count", "flags", "some", "order", "items")
+WIDE = ("gate", "chunk_top", "block_top", "score", "lse", "limit", "used", "delta", "mean", "squares")
+LISTS = ("index", "count", "flags", "some")
 INPUTS = ("q", "k", "v", "out", "grad", "dq", "dk", "dv")
 
 
 def compiled(kernel: Any, constants: dict[str, Any], warps: int, dtype: str, stages: int = 2) -> Any:
     """A kernel with these constants; pointers and strides divide by 16. Sizes that are 1 are constants, as at a launch."""
     names = [p.name for p in kernel.params]
-    atomics = ("dk", "dv") if kernel.__name__.startswith("spark_spread") or constants.get("SOME") else ()
+    atomics = ("dk", "dv") if kernel.__name__.startswith(("gather", "spark_spread")) or constants.get("SOME") else ()
     types = {name: "fp32" if name.startswith("scale") else "i32" for name in names}
     types |= {name: "*i32" if name in LISTS else "*fp32" if name in WIDE + atomics else f"*{dtype}" for name in names
               if name in (*WIDE, *INPUTS, *LISTS)}  # fmt: skip
@@ -46,9 +46,8 @@ def main() -> None:
     for kernel in (topk.topk_score_kernel, topk.topk_select_kernel):
         jobs += [(kernel, {**select, "CAUSAL": True}, 4, "bf16"), (kernel, index, 4, "fp32"), (kernel, tiny, 2, "bf16")]
     gathers = {"G": 1, "LISTS": 16, "D": 64, "DV": 64, "BD": 64, "BDV": 64, "BK": 64}
-    gathers |= {"C": 1, "BQ": 32}
-    for kernel in (gather.gather_attend_kernel, gather.gather_query_gradient_kernel, gather.gather_key_gradient_kernel):
-        jobs += [(kernel, gathers, 2, "bf16"), (kernel, {**gathers, "H": 1, "N": 1, "K": 1, "ITEMS": 1, "LISTS": 1, "BK": 1}, 1, "bf16")]
+    for kernel in (gather.gather_attend_kernel, gather.gather_gradient_kernel):
+        jobs += [(kernel, gathers, 2, "bf16"), (kernel, {**gathers, "H": 1, "N": 1, "M": 1, "K": 1, "BK": 1}, 1, "bf16")]
     pairs = {"G": 1, "R": 32, "S": 32, "DV": 64, "BR": 32, "BS": 32, "BDV": 64, "BQ": 64, "BN": 64, "PREC": "tf32", "CAUSAL": True}
     wide = {**pairs, "R": 64, "S": 64, "DV": 128, "BR": 64, "BS": 64, "BDV": 128, "BQ": 32, "BN": 32, "PREC": "tf32x3", "CAUSAL": False}
     for kernel in (

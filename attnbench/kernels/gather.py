@@ -2,14 +2,11 @@
 
 `o_i = sum_j softmax_j(scale q_i . k_j) v_j` over `j` in `index[i]`, entries below 0 left out; a query whose list is empty gets 0. Lists
 may be one for all heads. One program a query and head gathers its keys and values, BK at a time, from cache where k and v fit it, and
-folds them into a running softmax in float32 registers; the gradient of the query gathers them again and computes the weights anew from the
-kept log-sum-exp. For the gradients of keys and values the lists are turned round: pairs of query and key are sorted by key, a key's pairs
-cut into runs of at most RUN, and a program gathers the queries of one run; runs are added up in order, so that the same call gives the same
-bits. Heads are done in several turns where there are more than TURN pairs.
+folds them into a running softmax in float32 registers. The backward pass gathers them again, computes the weights anew from the kept
+log-sum-exp, and adds to float32 gradients of k and v atomically, in no fixed order: dk and dv differ in the last bits from call to call.
 
-Work of a head with K keys a query: `2 N K (D + Dv)` FLOP forward, `4 N K (2 D + Dv)` backward. Bytes: `N K (D + Dv)` elements gathered
-forward and twice that backward, indices once; of a turn 28 bytes a pair for the sort, and `4 (D + Dv)` bytes a run. Kept beside inputs and
-output: `4 N` bytes a head.
+Work of a head with K keys a query: `2 N K (D + Dv)` FLOP forward, `2 N K (3 D + 2 Dv)` backward. Bytes: `N K (D + Dv)` elements gathered
+each way, `8 N K (D + Dv)` bytes of atomic additions, indices once. Kept beside inputs and output: `4 N` bytes a head.
 """
 
 from __future__ import annotations
@@ -22,18 +19,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ._define import define, on_device, power, unit_rows
-from ._sort import group, items
 from ._tile import LOG2E, load_rows
-from .blocks._keys import key_sum_kernel
 
 __all__ = ["gather_attention", "supported"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_DIM = 256
-RUN = 512
-"""pairs of one key that a program takes"""
-TURN = 1 << 22
-"""pairs that are sorted at a time"""
 
 
 @triton.jit
@@ -82,22 +73,23 @@ def gather_attend_kernel(
 
 
 @triton.jit
-def gather_query_gradient_kernel(
-    q, k, v, index, out, lse, grad, dq, delta,
+def gather_gradient_kernel(
+    q, k, v, index, out, lse, grad, dq, dk, dv,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    H, N, K, scale,
+    H, N, M, K, scale,
     G: tl.constexpr, LISTS: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dq of one query of one head, and `delta = grad . out`."""
+    """dq of one query of one head, and its parts of dk and dv, which are contiguous and float32."""
     i_row = tl.program_id(0).to(tl.int64)
     i_bh, i_q = i_row // N, i_row % N
     i_b, i_h = i_bh // H, i_bh % H
     p_k, p_v = k + i_b * stride_kb + i_h // G * stride_kh, v + i_b * stride_vb + i_h // G * stride_vh
+    p_dk, p_dv = dk + i_bh // G * M * D, dv + i_bh // G * M * DV
     p_index = index + ((i_b * LISTS + i_h % LISTS) * N + i_q) * K
+    o_d, o_v = tl.arange(0, BD), tl.arange(0, BDV)
     b_q = load_row(q + i_b * stride_qb + i_h * stride_qh + i_q * stride_qn, D, BD)
     b_g, b_o = load_row(grad + i_row * DV, DV, BDV), load_row(out + i_row * DV, DV, BDV)
-    b_delta, top = tl.sum(b_g * b_o), tl.load(lse + i_row)
-    tl.store(delta + i_row, b_delta)
+    delta, top = tl.sum(b_g * b_o), tl.load(lse + i_row)
     b_dq = tl.zeros([BD], tl.float32)
     for start in range(0, K, BK):
         o_k = start + tl.arange(0, BK)
@@ -107,53 +99,12 @@ def gather_query_gradient_kernel(
         b_k = load_rows(p_k, b_j, m_k, stride_kn, D, BD).to(tl.float32)
         b_v = load_rows(p_v, b_j, m_k, stride_vn, DV, BDV).to(tl.float32)
         b_p = tl.where(m_k, tl.exp2(tl.sum(b_k * b_q, 1) * (scale * LOG2E) - top), 0.0)
-        b_dq += tl.sum((b_p * (tl.sum(b_v * b_g, 1) - b_delta) * scale)[:, None] * b_k, 0)
-    o_d = tl.arange(0, BD)
+        b_ds = b_p * (tl.sum(b_v * b_g, 1) - delta) * scale
+        b_dq += tl.sum(b_ds[:, None] * b_k, 0)
+        o_j = tl.where(m_k, b_j, 0).to(tl.int64)[:, None]
+        tl.atomic_add(p_dk + o_j * D + o_d[None, :], b_ds[:, None] * b_q, mask=m_k[:, None] & (o_d < D)[None, :], sem="relaxed")
+        tl.atomic_add(p_dv + o_j * DV + o_v[None, :], b_p[:, None] * b_g, mask=m_k[:, None] & (o_v < DV)[None, :], sem="relaxed")
     tl.store(dq + i_row * D + o_d, b_dq.to(dq.dtype.element_ty), mask=o_d < D)
-
-
-@triton.jit
-def gather_key_gradient_kernel(
-    q, k, v, order, items, lse, grad, delta, part_k, part_v,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    H, N, K, ITEMS, first_list, scale,
-    G: tl.constexpr, LISTS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    BQ: tl.constexpr,
-):  # fmt: skip
-    """Gradients of one key and value over one run of pairs of a list, of one of the C key heads that use the list."""
-    i_c, i_item = tl.program_id(0) % C, (tl.program_id(0) // C).to(tl.int64)
-    i_x = i_item // ITEMS
-    i_j, first, last = tl.load(items + 3 * i_item), tl.load(items + 3 * i_item + 1), tl.load(items + 3 * i_item + 2)
-    if first >= last:
-        return
-    i_list = first_list + i_x
-    i_b = i_list // LISTS
-    # one list for all heads, or one a head
-    i_first = i_c * G if LISTS == 1 else i_list % LISTS
-    heads = G if LISTS == 1 else 1
-    i_kv = i_first // G
-    b_k = load_row(k + i_b * stride_kb + i_kv * stride_kh + i_j.to(tl.int64) * stride_kn, D, BD)
-    b_v = load_row(v + i_b * stride_vb + i_kv * stride_vh + i_j.to(tl.int64) * stride_vn, DV, BDV)
-    b_dk, b_dv = tl.zeros([BQ, BD], tl.float32), tl.zeros([BQ, BDV], tl.float32)
-    for i_h in range(i_first, i_first + heads):
-        p_q, i_row = q + i_b * stride_qb + i_h * stride_qh, (i_b * H + i_h) * N
-        for start in range(first, last, BQ):
-            o_u = start + tl.arange(0, BQ)
-            m_u = o_u < last
-            o_n = (tl.load(order + o_u, mask=m_u, other=0) - i_x.to(tl.int32) * (N * K)) // K
-            # [BQ, BD], [BQ, BDV]
-            b_q = load_rows(p_q, o_n, m_u, stride_qn, D, BD).to(tl.float32)
-            b_g = load_rows(grad + i_row * DV, o_n, m_u, DV, DV, BDV).to(tl.float32)
-            b_top = tl.load(lse + i_row + o_n, mask=m_u, other=float("inf"))
-            b_delta = tl.load(delta + i_row + o_n, mask=m_u, other=0.0)
-            b_p = tl.exp2(tl.sum(b_q * b_k, 1) * (scale * LOG2E) - b_top)
-            b_ds = b_p * (tl.sum(b_g * b_v, 1) - b_delta) * scale
-            b_dk += b_ds[:, None] * b_q
-            b_dv += b_p[:, None] * b_g
-    i_part = i_item * C + i_c
-    o_d, o_v = tl.arange(0, BD), tl.arange(0, BDV)
-    tl.store(part_k + i_part * D + o_d, tl.sum(b_dk, 0), mask=o_d < D)
-    tl.store(part_v + i_part * DV + o_v, tl.sum(b_dv, 0), mask=o_v < DV)
 
 
 def supported(dim: int, dim_v: int, dtype: torch.dtype) -> list[str]:
@@ -217,45 +168,16 @@ def gather_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    q, k, v, index, grad = unit_rows(q), unit_rows(k), unit_rows(v), index.contiguous(), grad.contiguous()
+    q, k, v, index = unit_rows(q), unit_rows(k), unit_rows(v), index.contiguous()
     b, h, n, d = q.shape
-    dq, delta = q.new_empty(b, h, n, d), torch.empty_like(lse)
-    sizes = _sizes(q, k, v, index)
+    dq = q.new_empty(b, h, n, d)
+    dk, dv = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (k, v))
     with on_device(q):
-        gather_query_gradient_kernel[(b * h * n,)](
-            q, k, v, index, out, lse, grad, dq, delta, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            h, n, index.shape[3], scale, **sizes,
+        gather_gradient_kernel[(b * h * n,)](
+            q, k, v, index, out, lse, grad.contiguous(), dq, dk, dv, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            h, n, k.shape[2], index.shape[3], scale, **_sizes(q, k, v, index),
         )  # fmt: skip
-        dk, dv = _key_gradients(grad, q, k, v, index, lse, delta, scale, sizes)
-    return dq, dk, dv
-
-
-def _key_gradients(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, index: Tensor, lse: Tensor, delta: Tensor, scale: float, sizes: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    """dk and dv, the lists of some heads at a time."""
-    (h, n), (hk, m), (lists, count) = q.shape[1:3], k.shape[1:3], (index.shape[1], index.shape[3])
-    groups, shared = (1, hk) if lists == 1 else (h // hk, 1)  # lists of a key head, key heads of a list
-    own = {key: sizes[key] for key in ("G", "LISTS", "D", "DV", "BD", "BDV")}
-    most, total, width = n * count // RUN + m, index.shape[0] * lists, max(own["BD"], own["BDV"])
-    per = max(1, TURN // (n * count * groups)) * groups
-    found = tuple((x.new_empty(x.shape), x.shape[3]) for x in (k, v))
-    for first in range(0, total, per):
-        turn = min(per, total - first)
-        order, start = group(index.view(1, total, n, count)[:, first : first + turn], m)
-        table, edges = items(start, RUN, most)
-        parts = [torch.empty(turn * most * shared, dim, dtype=torch.float32, device=k.device) for _, dim in found]
-        gather_key_gradient_kernel[(turn * most * shared,)](
-            q, k, v, order, table, lse, grad, delta, *parts, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-            h, n, count, most, first, scale, C=shared, BQ=min(32, max(4, 2048 // width)), **own, num_warps=2,
-        )  # fmt: skip
-        heads = turn * shared // groups
-        for (dx, dim), part in zip(found, parts, strict=True):
-            key_sum_kernel[(heads * m,)](
-                part, edges, order, dx.view(-1, m, dim)[first * shared // groups :], hk if lists == 1 else heads, 1 if lists == 1 else turn,
-                m, m, most, 1, R=groups, C=shared, W=1, D=dim, BK=1, BD=power(dim), REGIONS=False, num_warps=1,
-            )  # fmt: skip
-    return found[0][0], found[1][0]
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 @torch.library.register_fake(gather_backward)

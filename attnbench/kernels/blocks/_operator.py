@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from .._define import define, on_device, unit_rows
-from .._sort import group, items
 from ._keys import delta_kernel, key_gradient_kernel, key_sum_kernel
 from ._pairs import merge_kernel, pair_attend_kernel, pair_query_gradient_kernel, sum_kernel
 from ._plan import Plan, plan, region_tile
 from ._regions import region_attend_kernel, region_query_gradient_kernel
+from ._sort import group, items
 
 PART_BYTES = 1 << 31
 """bytes that partial outputs or gradients may take: heads are done in several launches where they would take more"""

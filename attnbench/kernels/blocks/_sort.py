@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._define import power
+from .._define import power
 
 _TILE = 1024
 """numbers a program takes at a time"""
