@@ -114,14 +114,24 @@ def _telling(rows: pd.DataFrame) -> pd.Series[str]:
     """Parameters by which rows of one label are told apart, as JSON, the fewest that suffice everywhere."""
     words = rows["words"]
     budgets = [b[0] if isinstance(b, list | tuple) and b else 0 for b in rows["budget"]] if "budget" in rows else [0] * len(rows)
-    told = [json.dumps(json.loads(w) | {"budget": b}) if b else o for w, b, o in zip(words, budgets, rows["own"], strict=True)]
-    by_budget = pd.Series(told, rows.index)
+    shown = zip(words, budgets, _varied(rows), strict=True)
+    by_budget = pd.Series([json.dumps(json.loads(w) | ({"budget": b} if b else numbers)) for w, b, numbers in shown], rows.index)
     found = rows["own"].copy()
     for _, part in rows.groupby("label", sort=True):
         for short in (words, by_budget):
             if _suffices(short, part):
                 found[part.index] = short[part.index]
                 break
+    return found
+
+
+def _varied(rows: pd.DataFrame) -> pd.Series[Any]:
+    """Of each row the parameters that are numbers and differ among rows of its label."""
+    own = rows["own"].map(json.loads)
+    found: pd.Series[Any] = pd.Series(index=rows.index, dtype=object)
+    for _, part in own.groupby(rows["label"], sort=True):
+        differ = {k for params in part for k, v in params.items() if not isinstance(v, bool | str) and any(p.get(k) != v for p in part)}
+        found[part.index] = [{k: v for k, v in params.items() if k in differ} for params in part]
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import attnbench
 from attnbench import earned, frame, tables
 from attnbench.case import Case
-from attnbench.figures import accuracy, curves, scores
+from attnbench.figures import accuracy, curves, pruned, scores
 from attnbench.record import Memory, Record, Status, Timing
 from attnbench.trials import Training, Trial
 
@@ -79,6 +80,14 @@ def test_a_budget_names_what_it_set_and_numbers_name_the_rest() -> None:
     assert set(rows["series"]) == {"Top-k, budget=8", "Top-k, budget=16", "Top-k, topk=5"}
 
 
+def test_beside_budgets_only_numbers_that_differ_are_named() -> None:
+    fixed = {"prefix": 0, "shared": True, "shared_scale": "1/d"}
+    by_budget = [replace(reached(case("mita", {**fixed, "landmarks": b, "topk": b}), 0.5), budget=(2 * b,)) for b in (4, 8)]
+    by_number = [reached(case("mita", {**fixed, "landmarks": m, "topk": k}), 0.5) for m, k in ((4, 8), (9, 4))]
+    rows = earned.asked(table(*by_budget, *by_number))
+    assert set(rows["series"]) == {"MiTA, budget=8", "MiTA, budget=16", "MiTA, landmarks=4, topk=8", "MiTA, landmarks=9, topk=4"}
+
+
 def test_the_report_names_seeds_and_steps() -> None:
     (found,) = [t for t in tables.report(table(*RECORDS)) if t.name.endswith("accuracy")]
     assert "over seeds 0, 1, 2, at most 10 steps" in found.caption
@@ -125,6 +134,18 @@ def test_learning_curves_are_those_of_the_rate_chosen_over_seeds() -> None:
     points = list(zip(one["n"], one["value"], one["low"], one["high"], strict=True))
     assert points == [(5, pytest.approx(0.45), 0.4, 0.5), (10, pytest.approx(0.9), 0.8, 1.0)]
     assert curves.build(table(*RECORDS)) is not None
+
+
+def test_long_titles_are_broken_to_their_panels() -> None:
+    made = [case("topk", {"causal": c}, data=d, n=4096) for d in ("mqar", "pathfinder:graded") for c in (False, True)]
+    records = [reached(c, 0.9) for c in made]
+    figure = pruned.build(table(*(replace(r, training=replace(r.training, pruned=(0.5, 0.4))) for r in records)))  # type: ignore[type-var]
+    assert figure is not None
+    figure.draw_without_rendering()
+    boxes = {a.get_title().replace("\n", " "): a.title.get_window_extent() for a in figure.axes if a.get_title()}
+    assert list(boxes) == ["mqar, N=4096", "mqar, causal, N=4096", "pathfinder (graded), N=4096", "pathfinder (graded), causal, N=4096"]
+    assert max(box.x1 for box in boxes.values()) <= figure.bbox.x1
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes.values(), 2))
 
 
 def test_a_run_that_stopped_at_the_target_keeps_its_last_value() -> None:

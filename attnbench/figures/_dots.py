@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
@@ -11,7 +10,7 @@ from matplotlib.ticker import LogLocator
 
 from attnbench import series
 from attnbench.figures import _panel
-from attnbench.figures._style import BASELINE, LETTERS, WIDTHS, cited, length, look, variants, wrapped
+from attnbench.figures._style import BASELINE, LETTERS, WIDTHS, cited, folded, length, look, variants, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
 
     from attnbench.metrics import Metric
 
-_ROW_IN, _LETTERS_IN = 0.13, 14
-"""inches of a row; letters of a title in an inch, of which the longest are broken"""
+_ROW_IN = 0.13
+"""inches of a row"""
 
 
 def draw(
@@ -59,7 +58,7 @@ def draw(
             _fill(axes, drawn[drawn["panel"] == panels[i]], names, styles)
             if levels and panels[i] in levels:
                 axes.axvline(levels[panels[i]], color="#888888", linewidth=0.7, linestyle=":", zorder=1)
-            axes.set_title(fill(panels[i], int(_LETTERS_IN * WIDTHS[columns] / across)), pad=3, fontweight="bold")
+            axes.set_title(folded(panels[i], WIDTHS[columns] / across), pad=3, fontweight="bold")
             axes.tick_params(labelbottom=i + across >= len(panels))
     _values(grid.flat[0], drawn[drawn["kind"] != "exact"], metric)
     _panel.row_axis(grid.flat[0], names)

@@ -135,6 +135,11 @@ def length_axis(axes: Axes, lengths: Sequence[int], room_in: float) -> None:
     axes.set_xlim(shown[0] / margin, shown[-1] * margin)
 
 
+def folded(text: str, width_in: float) -> str:
+    """A panel's title, each of its lines broken to the panel's width."""
+    return "\n".join(textwrap.fill(line, int(width_in * 15), break_on_hyphens=False) for line in text.split("\n"))
+
+
 def wrapped(text: str, width_in: float) -> str:
     """Small print broken to lines of the figure's width."""
     return "\n".join(textwrap.wrap(text, int(width_in * 23.5)))
