@@ -206,13 +206,30 @@ def swapped(table: pd.DataFrame) -> Lines:
     return Lines(("method", "family", "N", *panels), tuple(found), tuple(str(p["method"].iloc[0]) for *_, p in parts), (_before(rows),))
 
 
+def before(rows: pd.DataFrame) -> pd.Series[float]:
+    """Seed -> accuracy with the method trained with, of rows of one swapped panel and length; the mean where it has several models."""
+    return _models(rows).groupby("seed")["accuracy_before"].mean()
+
+
+def several_models(rows: pd.DataFrame) -> str:
+    """Which seeds of swapped rows have several models, as where a run that went on trained again; empty where none has."""
+    told = []
+    for (panel, n), part in rows.groupby(["panel", "n"], sort=True):
+        counts = _models(part)["seed"].value_counts().sort_index()
+        if seeds := [str(seed) for seed in counts[counts > 1].index]:
+            told.append(f"{panel}, N={n}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
+    return f"Trained more than once: {'; '.join(told)}." if told else ""
+
+
+def _models(rows: pd.DataFrame) -> pd.DataFrame:
+    """A row a model: one is known by its seed and what it reached before the swap."""
+    return rows[rows["status"] == "ok"].drop_duplicates(["seed", "accuracy_before"])
+
+
 def _before(rows: pd.DataFrame) -> str:
-    good = rows[rows["status"] == "ok"].drop_duplicates(["panel", "n", "seed"])
-    told = [
-        f"{part['panel'].iloc[0]}, N={part['n'].iloc[0]}: {Cell(tuple(part['accuracy_before']), ())}"
-        for _, part in good.groupby(["panel", "n"], sort=True)
-    ]
-    return f"Before the swap: {'; '.join(told)}."
+    good = rows[rows["status"] == "ok"]
+    told = [f"{panel}, N={n}: {Cell(tuple(before(part)), ())}" for (panel, n), part in good.groupby(["panel", "n"], sort=True)]
+    return f"Before the swap: {'; '.join(told)}. {several_models(rows)}".strip()
 
 
 def _plain(rows: pd.DataFrame) -> pd.DataFrame:

@@ -84,8 +84,10 @@ def test_beside_budgets_only_numbers_that_differ_are_named() -> None:
     fixed = {"prefix": 0, "shared": True, "shared_scale": "1/d"}
     by_budget = [replace(reached(case("mita", {**fixed, "landmarks": b, "topk": b}), 0.5), budget=(2 * b,)) for b in (4, 8)]
     by_number = [reached(case("mita", {**fixed, "landmarks": m, "topk": k}), 0.5) for m, k in ((4, 8), (9, 4))]
-    rows = earned.asked(table(*by_budget, *by_number))
-    assert set(rows["series"]) == {"MiTA, budget=8", "MiTA, budget=16", "MiTA, landmarks=4, topk=8", "MiTA, landmarks=9, topk=4"}
+    route = reached(case("mita", {**fixed, "shared": False, "landmarks": 4, "topk": 8}), 0.5)
+    rows = earned.asked(table(*by_budget, *by_number, route))
+    budgets, numbers = {"MiTA, budget=8", "MiTA, budget=16"}, {"MiTA, landmarks=4, topk=8", "MiTA, landmarks=9, topk=4"}
+    assert set(rows["series"]) == budgets | numbers | {"MiTA, shared=False, landmarks=4, topk=8"}
 
 
 def test_the_report_names_seeds_and_steps() -> None:

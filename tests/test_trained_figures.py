@@ -179,6 +179,21 @@ def test_swap_ins_have_a_table_of_their_own_and_are_in_no_other(loaded: pd.DataF
     assert accuracy.data(of(loaded, "swap_in")).empty
 
 
+def test_a_seed_that_was_trained_again_counts_once_and_is_told(loaded: pd.DataFrame) -> None:
+    swapped = loaded[(loaded["suite"] == "swap_in") & (loaded["trained_with"] == "softmax")]
+    again = swapped.assign(accuracy_before=swapped["accuracy_before"].mask((swapped["seed"] == 1) & (swapped["method"] == "moba"), 0.5))
+    rows = earned.asked(again, swapped=True)
+    assert earned.before(rows).tolist() == [pytest.approx(0.97), pytest.approx((0.96 + 0.5) / 2), pytest.approx(0.95)]
+    told = "Trained more than once: mqar, trained with Softmax, N=256, seed 1."
+    assert earned.several_models(rows) == told
+    assert earned.several_models(earned.asked(swapped, swapped=True)) == ""
+    for module in (swap_in, swap_heat):
+        assert told in captioned(module.build(again))
+        assert "Trained more than once" not in captioned(module.build(swapped))
+    drawn = swap_in.data(again)
+    assert drawn["before"].tolist() == [pytest.approx((0.97 + 0.73 + 0.95) / 3)] * len(drawn)
+
+
 def test_pruned_shares_are_those_of_the_records_by_layer_and_by_length(loaded: pd.DataFrame) -> None:
     rows = loaded[loaded["suite"] == "pruning"]
     drawn = pruned.data(rows)

@@ -137,7 +137,7 @@ def length_axis(axes: Axes, lengths: Sequence[int], room_in: float) -> None:
 
 def folded(text: str, width_in: float) -> str:
     """A panel's title, each of its lines broken to the panel's width."""
-    return "\n".join(textwrap.fill(line, int(width_in * 15), break_on_hyphens=False) for line in text.split("\n"))
+    return "\n".join(textwrap.fill(line, max(1, int(width_in * 15)), break_on_hyphens=False) for line in text.split("\n"))
 
 
 def wrapped(text: str, width_in: float) -> str:

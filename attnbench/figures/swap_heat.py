@@ -49,8 +49,7 @@ def _cells(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
         return
     down, across = sorted(names)
     kept = _grid(values, down, across)
-    good = rows[rows["status"] == "ok"].drop_duplicates("seed")
-    before = float(good["accuracy_before"].mean()) if len(good) else float("nan")
+    before = float(earned.before(rows).mean())
     for _, part in rows[kept].groupby([values.loc[kept, down], values.loc[kept, across]], sort=True):
         first = values.loc[part.index[0]]
         made = point(part, "accuracy")
@@ -80,6 +79,7 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     width, across = WIDTHS[columns], min(len(keys), _ACROSS if columns > 1 else 1)
     down = -(-len(keys) // across)
     words = "Above each map the accuracy of the model with its own method."
+    words = f"{words} {earned.several_models(earned.asked(frame.current(table), swapped=True))}".strip()
     caption = f"{conditions(table, drawn)} {over_seeds(known).replace('range', 'standard deviation')} {words} {_failures(drawn)}"
     with paper():
         text = wrapped(caption.strip(), width)

@@ -43,7 +43,7 @@ def data(table: pd.DataFrame) -> pd.DataFrame:
 
 def _panel(rows: pd.DataFrame) -> Iterator[dict[str, Any]]:
     budgets = sorted({b for found in rows["budget"] for b in found})
-    before = rows.loc[rows["status"] == "ok"].drop_duplicates("seed")["accuracy_before"].mean()
+    before = earned.before(rows).mean()
     for _, part in rows.groupby("series", sort=True):
         fixed = not part["budget"].map(bool).any()
         if fixed and part["own"].nunique() > 1:
@@ -70,6 +70,7 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     fixed = sorted(drawn.loc[drawn["fixed"], "series"].unique(), key=series.natural)
     caption = f"{conditions(table, drawn)} {over_seeds(drawn)} Dotted: the model with its own method. {failures(drawn)}"
     caption += f" The same at every budget: {', '.join(fixed)}." if fixed else ""
+    caption += f" {earned.several_models(earned.asked(frame.current(table), swapped=True))}"
     titles = {panel: titled(panel) for panel in drawn["panel"].unique()}
     drawn["panel"] = drawn["panel"].map(titles)
     with paper():
