@@ -126,7 +126,7 @@ def _telling(rows: pd.DataFrame) -> pd.Series[str]:
 
 
 def _varied(rows: pd.DataFrame) -> pd.Series[Any]:
-    """Of each row the parameters that are numbers and differ among rows of its label."""
+    """Of each row the parameters that are neither switches nor words and differ among rows of its label."""
     own = rows["own"].map(json.loads)
     found: pd.Series[Any] = pd.Series(index=rows.index, dtype=object)
     for _, part in own.groupby(rows["label"], sort=True):

@@ -10,7 +10,7 @@ from matplotlib.ticker import LogLocator
 
 from attnbench import series
 from attnbench.figures import _panel
-from attnbench.figures._style import BASELINE, LETTERS, WIDTHS, cited, folded, length, look, variants, wrapped
+from attnbench.figures._style import BASELINE, LETTERS, WIDTHS, cited, heading, length, look, variants, wrapped
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ def draw(
             _fill(axes, drawn[drawn["panel"] == panels[i]], names, styles)
             if levels and panels[i] in levels:
                 axes.axvline(levels[panels[i]], color="#888888", linewidth=0.7, linestyle=":", zorder=1)
-            axes.set_title(folded(panels[i], WIDTHS[columns] / across), pad=3, fontweight="bold")
+            axes.set_title(heading(panels[i], WIDTHS[columns] / across), pad=3, fontweight="bold")
             axes.tick_params(labelbottom=i + across >= len(panels))
     _values(grid.flat[0], drawn[drawn["kind"] != "exact"], metric)
     _panel.row_axis(grid.flat[0], names)

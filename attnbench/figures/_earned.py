@@ -14,7 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from attnbench import earned, frame, joining, series
 from attnbench.figures import _front, _panel
 from attnbench.figures._place import Name, annotate
-from attnbench.figures._style import WIDTHS, folded, look, paper, variants, wrapped
+from attnbench.figures._style import WIDTHS, heading, look, paper, variants, wrapped
 from attnbench.figures.accuracy import conditions, over_seeds, point
 from attnbench.metrics import METRICS
 
@@ -104,7 +104,7 @@ class Against:
         for i, panel in enumerate(panels):
             axes, part = figure.add_subplot(grid[1 + i // across, i % across]), drawn[drawn["panel"] == panel]
             _plot(axes, part, entries)
-            axes.set_title(folded(panel, width / across), pad=3, fontweight="bold")
+            axes.set_title(heading(panel, width / across), pad=3, fontweight="bold")
             axes.set_xlabel(METRICS[self.metric].axis if i >= len(panels) - across else "")
             placed.append((axes, part))
         figure.supylabel("test accuracy", fontsize=7)

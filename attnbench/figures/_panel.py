@@ -12,7 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 from attnbench import series
-from attnbench.figures._style import BASELINE, LETTERS, cited, folded, length_axis, look, variants
+from attnbench.figures._style import BASELINE, LETTERS, cited, heading, length_axis, look, variants
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -152,7 +152,7 @@ class Canvas:
             strip = self.figure.add_subplot(self.grid[3 * number + 1, left + column], sharex=axes)
             self._strip(strip, part, band.failed, first=column == 0)
             if self.above.get(place) != band.panels:
-                strip.set_title(folded(panel, self.width_in), pad=3, fontweight="bold")
+                strip.set_title(heading(panel, self.width_in), pad=3, fontweight="bold")
             unnamed(axes)
             self.main.append(axes)
         self.above[place] = band.panels

@@ -135,9 +135,14 @@ def length_axis(axes: Axes, lengths: Sequence[int], room_in: float) -> None:
     axes.set_xlim(shown[0] / margin, shown[-1] * margin)
 
 
-def folded(text: str, width_in: float) -> str:
-    """A panel's title, each of its lines broken to the panel's width."""
-    return "\n".join(textwrap.fill(line, max(1, int(width_in * 15)), break_on_hyphens=False) for line in text.split("\n"))
+def folded(text: str, letters: int) -> str:
+    """Each line of a text broken between words to at most so many letters, if its words let it."""
+    return "\n".join(textwrap.fill(line, letters, break_long_words=False, break_on_hyphens=False) for line in text.split("\n"))
+
+
+def heading(text: str, width_in: float) -> str:
+    """A panel's title, its lines broken to the panel's width."""
+    return folded(text, max(1, int(width_in * 15)))
 
 
 def wrapped(text: str, width_in: float) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -14,7 +13,7 @@ from matplotlib.lines import Line2D
 
 from attnbench import frame, series
 from attnbench.errors import UserError, unknown
-from attnbench.figures._style import COLOURS, WIDTHS, length, marker, paper, wrapped
+from attnbench.figures._style import COLOURS, WIDTHS, folded, length, marker, paper, wrapped
 from attnbench.metrics import METRICS, add
 from attnbench.metrics import better as is_better
 from attnbench.taxonomy import DIMENSIONS, TITLES, Family
@@ -100,7 +99,7 @@ def build(drawn: pd.DataFrame, across: str, down: str, *, colour: str = "", size
             side.set_visible(True)
         scale, place = _colours(drawn, colour), 0.0
         for row in rows:
-            axes.text(-0.6, place + (depth[row] + 0.5) / 2, _folded(row, 20), fontsize=5.6, va="center", ha="right")
+            axes.text(-0.6, place + (depth[row] + 0.5) / 2, folded(row, 20), fontsize=5.6, va="center", ha="right")
             for edge, column in zip(edges, columns, strict=False):
                 here = _records(drawn[(drawn[down] == row) & (drawn[across] == column)])
                 for i, point in enumerate(here):
@@ -109,7 +108,7 @@ def build(drawn: pd.DataFrame, across: str, down: str, *, colour: str = "", size
             axes.axhline(place, color="#dddddd", linewidth=0.5, zorder=0)
         for left, right, column in zip(edges[:-1], edges[1:], columns, strict=True):
             axes.axvline(left, color="#dddddd", linewidth=0.5, zorder=0)
-            axes.text((left + right) / 2, -0.35, _folded(column, int(right - left) + 1), fontsize=5.6, va="bottom", ha="center")
+            axes.text((left + right) / 2, -0.35, folded(column, int(right - left) + 1), fontsize=5.6, va="bottom", ha="center")
         _explain(figure, drawn, colour, scale, foot / height)
         figure.text(0.005, 0.04 / height, note, fontsize=5.5, color="#444444", va="bottom", linespacing=1.25)
         figure.text(0.005, 1 - 0.05 / height, f"{TITLES[down]} (down),\n{TITLES[across]} (across)", fontsize=5.5, color="#444444", va="top")
@@ -124,10 +123,6 @@ def _edges(drawn: pd.DataFrame, across: str, columns: Sequence[str]) -> list[flo
         words = max(len(word) for word in column.split())
         edges.append(edges[-1] + max(int(names) + 3.5, words + 1.5, len(column) / 2 + 1))
     return edges
-
-
-def _folded(text: str, wide: int) -> str:
-    return textwrap.fill(text, wide, break_long_words=False, break_on_hyphens=False)
 
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:

@@ -79,7 +79,6 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     width, across = WIDTHS[columns], min(len(keys), _ACROSS if columns > 1 else 1)
     down = -(-len(keys) // across)
     words = "Above each map the accuracy of the model with its own method."
-    words = f"{words} {earned.several_models(earned.asked(frame.current(table), swapped=True))}".strip()
     caption = f"{conditions(table, drawn)} {over_seeds(known).replace('range', 'standard deviation')} {words} {_failures(drawn)}"
     with paper():
         text = wrapped(caption.strip(), width)

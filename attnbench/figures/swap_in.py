@@ -70,7 +70,6 @@ def build(table: pd.DataFrame, columns: int = 2) -> Figure | None:
     fixed = sorted(drawn.loc[drawn["fixed"], "series"].unique(), key=series.natural)
     caption = f"{conditions(table, drawn)} {over_seeds(drawn)} Dotted: the model with its own method. {failures(drawn)}"
     caption += f" The same at every budget: {', '.join(fixed)}." if fixed else ""
-    caption += f" {earned.several_models(earned.asked(frame.current(table), swapped=True))}"
     titles = {panel: titled(panel) for panel in drawn["panel"].unique()}
     drawn["panel"] = drawn["panel"].map(titles)
     with paper():
