@@ -181,6 +181,8 @@ class Method:
         why: list[str] = []
         for option in options:
             found = self.reasons(option, shape, dtype, device, params, backward=backward, graph=graph)
+            if backward and option.doubts and not self.pinned:
+                found = found + option.doubts(shape)
             if not found:
                 return option, []
             if option.name != EAGER and found == [option.broken()]:

@@ -6,13 +6,13 @@ from itertools import product
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from attnbench.eager import expand_heads
 from attnbench.stages import stage
 
 from ._constants import constant
 from ._regions import laid_out
+from ._sdpa import attention
 from .block_window import pair_bias
 
 if TYPE_CHECKING:
@@ -95,9 +95,7 @@ def _attend(qkv: tuple[Tensor, Tensor, Tensor], piece: _Piece, params: BlockWind
     with stage("permute"):
         queries, keys, values = (piece.split(x) for x in qkv)
     with stage("attend"):
-        out = scaled_dot_product_attention(
-            queries, keys, values, attn_mask=_mask(piece, params, weights, qkv[0].shape[0]), is_causal=_is_causal(params)
-        )
+        out = attention(queries, keys, values, _mask(piece, params, weights, qkv[0].shape[0]), causal=_is_causal(params))
     with stage("permute"):
         return piece.join(out, qkv[0].shape[1])
 

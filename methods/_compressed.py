@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.nn.functional import scaled_dot_product_attention
-
 from attnbench.eager import attend, expand_heads
 from attnbench.stages import stage
 
 from ._products import divisor
+from ._sdpa import attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,5 +34,5 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with stage("attend"):
         copies = q.shape[1] // k.shape[1] * runs
         keys, values = (x if copies == 1 else x.repeat_interleave(copies, 1) for x in (k, v))
-        out = scaled_dot_product_attention(q.unflatten(2, (runs, -1)).flatten(1, 2), keys, values)
+        out = attention(q.unflatten(2, (runs, -1)).flatten(1, 2), keys, values)
         return out.reshape(*q.shape[:3], v.shape[3])

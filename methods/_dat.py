@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from attnbench.eager import masked_softmax, positions, wide
 from attnbench.stages import stage
@@ -17,6 +16,7 @@ from attnbench.stages import stage
 from ._chunks import rows_per_chunk
 from ._recompute import recomputed
 from ._sampling import corners, mix
+from ._sdpa import attention
 from .dat import displacements, on_grid, places
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     n = q.shape[2]
     runs = next(r for r in range(max(1, n // _RUN), 0, -1) if n % r == 0)
     query: Tensor = q.unflatten(2, (runs, -1)).flatten(1, 2)
-    out = scaled_dot_product_attention(query, keys.repeat_interleave(runs, 1), values.repeat_interleave(runs, 1))
+    out = attention(query, keys.repeat_interleave(runs, 1), values.repeat_interleave(runs, 1))
     return out.reshape(*q.shape[:3], -1)
 
 

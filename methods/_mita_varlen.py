@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from attnbench.eager import expand_heads, wide
 from attnbench.stages import stage
 
 from ._landmarks import landmarks
 from ._routes import largest
+from ._sdpa import attention
 from ._varlen import Part, group_by_expert, make_part, merged_attention
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, params: MitaParams) -> Tensor:
     parts, scales = [], []
     if params.shared:
         with stage("compress"):
-            values = scaled_dot_product_attention(r, k, v)
+            values = attention(r, k, v)
         parts.append(_shared_part(r, values, q.shape[2]))
         scales.append(params.landmark_factor(q.shape[-1]))
     if params.routed:

@@ -1,9 +1,11 @@
-"""torch's scaled_dot_product_attention, one backend at a time."""
+"""torch's scaled_dot_product_attention: one backend at a time, or the fastest whose gradients can be trusted."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -13,6 +15,32 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from attnbench.method import Params
+
+
+_SOUND = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_TILE = 128
+"""queries or keys that cuDNN's backward kernels work on at once"""
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, *, causal: bool = False) -> Tensor:
+    """`softmax(q k^T / sqrt(D) + mask) v` `[B, H, N, Dv]` of `q: [B, H, N, D]`, `k: [B, Hkv, M, D]` and `v: [B, Hkv, M, Dv]`.
+
+    The backend is torch's choice. But where gradients are asked for and N or M does not fill whole tiles it is not cuDNN's, of which
+    the gradient of q is then NaN for queries with small scores: https://github.com/pytorch/pytorch/issues/196678, without a mask too.
+    """
+    with _sound(q, k, v, mask):
+        return scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _sound(q: Tensor, k: Tensor, *others: Tensor | None) -> AbstractContextManager[Any]:
+    """Where no backend is chosen whose backward pass may fail."""
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, *others))
+    return sdpa_kernel(_SOUND) if learns and q.is_cuda and not fills_tiles(q.shape[2], k.shape[2]) else nullcontext()
+
+
+def fills_tiles(queries: int, keys: int) -> bool:
+    """Whether cuDNN's backward pass works on whole tiles alone."""
+    return queries % _TILE == 0 and keys % _TILE == 0
 
 
 def _run(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, params: Params) -> Tensor:

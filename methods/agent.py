@@ -14,8 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch.nn.functional import scaled_dot_product_attention
-
 from attnbench.eager import attend, expand_heads, take
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Shape, param
@@ -25,6 +23,7 @@ from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling
 from . import _fused
 from ._compressed import attend_few
 from ._landmarks import LandmarkParams, landmark_budget, landmarks, pool_flops
+from ._sdpa import attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +62,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, params: AgentParams) -> Tensor:
     """
     agents = landmarks(q, params)
     with stage("compress"):
-        values = scaled_dot_product_attention(agents, k, v, enable_gqa=q.shape[1] != k.shape[1])
+        values = attention(agents, k, v)
     return attend_few(q, agents, values)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
-from torch.nn.functional import conv2d, scaled_dot_product_attention
+from torch.nn.functional import conv2d
 
 from attnbench.eager import attend, expand_heads, masked_softmax, take, wide
 from attnbench.fastweights import Bank, FastWeights
@@ -28,6 +28,7 @@ from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling
 
 from ._landmarks import bins, pool
 from ._newton_schulz import newton_schulz
+from ._sdpa import attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,11 +111,11 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, params: NystromformerParams) -> Tensor
     with stage("pool"):
         a, b = _landmarks(q, k, params)
     with stage("compress"):
-        read = scaled_dot_product_attention(a, k, v, enable_gqa=q.shape[1] != k.shape[1])
+        read = attention(a, k, v)
     with stage("invert"):
         mixed = (_fused_inverse(_affinity(a, b), params) @ wide(read)).to(read.dtype)
     with stage("attend"):
-        return scaled_dot_product_attention(q, b, mixed)
+        return attention(q, b, mixed)
 
 
 def cost(shape: Shape, params: NystromformerParams) -> Cost:

@@ -8,6 +8,7 @@ one that ran.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from attnbench.eager import attend, causal_mask, expand_heads, positions, take
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
+
+from ._sdpa import fills_tiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +48,12 @@ def cost(shape: Shape, params: Params) -> Cost:
     return Cost.of(shape, flops, traffic={"attend": Cost.once(shape)})
 
 
-def _sdpa(name: str, limits: Limits, *operators: str) -> Implementation:
-    return Implementation(name, f"attnbench.methods._sdpa:{name}", limits, operators=operators)
+def _sdpa(name: str, limits: Limits, *operators: str, **more: Any) -> Implementation:
+    return Implementation(name, f"attnbench.methods._sdpa:{name}", limits, operators=operators, **more)
+
+
+def _doubts(shape: Shape) -> list[str]:
+    return [] if fills_tiles(shape.n, shape.keys) else ["the gradient of q may be NaN where N is no multiple of 128 (pytorch 196678)"]
 
 
 def _half_on_gpu(_shape: Shape, _params: Params, dtype: torch.dtype, device: str) -> list[str]:
@@ -66,7 +73,13 @@ METHOD = Method(
     cost=cost,
     limits=Limits(cross=True),
     implementations=(
-        _sdpa("cudnn", Limits(("cuda",), _HALF, max_dim=128, dim_multiple=8, cross=True), "aten::_scaled_dot_product_cudnn_attention"),
+        _sdpa(
+            "cudnn",
+            Limits(("cuda",), _HALF, max_dim=128, dim_multiple=8, cross=True),
+            "aten::_scaled_dot_product_cudnn_attention",
+            doubts=_doubts,
+            note="trains with whole tiles of 128 tokens unless pinned",
+        ),
         _sdpa(
             "flash",
             Limits(max_dim=256, value_dim=False, cross=True, extra=_half_on_gpu),
