@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from attnbench.errors import UserError
+from attnbench.errors import UserError, differences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
 PACKAGES = {
     "torch": "",
@@ -39,6 +39,8 @@ PACKAGES = {
     "nvidia-ml-py": "pip install 'attnbench[cuda]' (clocks, power, throttling)",
 }
 """Distribution -> how to get it, empty where attnbench requires it."""
+_GROUPS = ("packages", "gpu")
+"""facts that hold facts of their own"""
 
 
 def pick_device(name: str | None) -> str:
@@ -108,6 +110,17 @@ def collect(device: str) -> dict[str, Any]:
             **Monitor().facts(),
         }
     return facts
+
+
+def apart(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Facts of an environment that differ in another one, each with both values."""
+    return differences(_flat(there), _flat(here))
+
+
+def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what was measured; packages and what is known of a GPU among the others."""
+    groups = [facts.get(name, {}) for name in _GROUPS]
+    return {**{k: v for k, v in facts.items() if k not in {*_GROUPS, "ceilings"}}, **{k: v for group in groups for k, v in group.items()}}
 
 
 def env_id(facts: dict[str, Any]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 
 class UserError(ValueError):
@@ -20,6 +20,11 @@ def unknown(kind: str, name: object, known: Iterable[str], where: str = "") -> U
     advice = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(options) or 'nothing: none exist'}"
     place = f" in {where}" if where else ""
     return UserError(f"unknown {kind} {str(name)!r}{place}: {advice}")
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What is `here` and differs `there`, each with both values, as messages name it."""
+    return [f"{key} = {there.get(key)!r} there, {value!r} here" for key, value in here.items() if there.get(key) != value]
 
 
 def raised(error: Exception) -> str:

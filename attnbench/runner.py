@@ -133,7 +133,10 @@ class _Sweep:
         """Run them in order, as many at once as the place takes, but the lengths of one series one after another."""
         if resume and self.suite.task == TRAINED:
             self._take_over()
-        waiting = dict.fromkeys(self._left(self._settled(retry=retry) if resume else {}))
+        settled = self._settled(retry=retry) if resume else {}
+        if resume:
+            self._note_elsewhere(settled)
+        waiting = dict.fromkeys(self._left(settled))
         busy: set[str] = set()
         while waiting or busy:
             self._pass_on_notes()
@@ -194,6 +197,18 @@ class _Sweep:
             metered = {(r.case, r.implementation) for r in tried if r.energy or _unmetered(r)}
             settled = {key: r for key, r in settled.items() if (r.case, r.implementation) in metered or r.status is not Status.OK}
         return settled
+
+    def _note_elsewhere(self, settled: Mapping[str, Record]) -> None:
+        """Say how many cells are settled in another environment alone, and what is different here."""
+        left, records = {case.case_id for case in self.cases} - settled.keys(), self.target.records()
+        others = {r.env_id for r in records} - {self.env_id}
+        found = {key: left & store.done(records, key, self.suite.protocol.timeout_s).keys() for key in others}
+        most = max(found, key=lambda key: (len(found[key]), key), default="")
+        if found.get(most):
+            known = store.environments(self.target.file)
+            why = environment.apart(known.get(most, {}), known[self.env_id]) if most in known else []
+            shown = f" ({'; '.join(why[:3])})" if why else ""
+            self.place.notes.append(f"{len(found[most])} of these cells were settled in another environment{shown}: they run again")
 
     def _left(self, settled: Mapping[str, Record]) -> list[Case]:
         for case in self.cases:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from attnbench import checkpoint, distributed
 from attnbench.batches import IGNORED
 from attnbench.data import Data
-from attnbench.errors import UserError
+from attnbench.errors import UserError, differences
 from attnbench.nn.fusing import compiled, fuse
 from attnbench.optimizer import optimizer
 from attnbench.race import race
@@ -263,8 +263,7 @@ class Trainer:
         state = checkpoint.load(path)
         checkpoint.hold(path, "architecture", self.model.architecture.differences(state["architecture"]))
         own = {"task": self.task.name, **_plain(asdict(self.recipe))}
-        there = {"task": state["task"], **state["recipe"]}
-        checkpoint.hold(path, "recipe", [f"{k} = {there.get(k)!r} there, {v!r} here" for k, v in own.items() if there.get(k) != v])
+        checkpoint.hold(path, "recipe", differences({"task": state["task"], **state["recipe"]}, own))
         self.go_on(state)
         self.kept = self.fit.step
 

@@ -116,6 +116,24 @@ def test_resume_runs_only_what_is_left(tmp_path: Path) -> None:
     assert len({r.case.case_id for r in records}) == len(records) == 6
 
 
+def test_resume_says_what_is_run_again_for_being_of_another_environment(tmp_path: Path) -> None:
+    s, told = suite("wrong@eager", n=(16, 32)), []
+    first = sweep(s, tmp_path)
+    known, here = first.folder / store.ENVIRONMENTS, first.records[0].env_id
+    facts = store.environments(first.folder / store.RECORDS)[here]
+    for path in (known, first.folder / store.RECORDS):
+        path.write_text(path.read_text().replace(here, "elsewhere"))
+    known.write_text(known.read_text().replace(f'"threads": {facts["threads"]}', '"threads": 99'))
+    again = sweep(replace(s, axes={**s.axes, "n": (16, 32, 48)}), tmp_path, resume=True, tell=told.append)
+    assert (again.resumed, again.counts[Status.OK]) == (0, 3)
+    assert [e.message for e in told if e.kind == "note"] == [
+        f"2 of these cells were settled in another environment (threads = 99 there, {facts['threads']} here): they run again"
+    ]
+    told.clear()
+    assert sweep(s, tmp_path, resume=True, tell=told.append).resumed == 2
+    assert not [e for e in told if e.kind == "note"]
+
+
 def test_resume_tries_errors_again_but_not_what_was_too_large(tmp_path: Path) -> None:
     s = suite("wrong@greedy", "wrong@raises", n=(64, 80))
     sweep(s, tmp_path)

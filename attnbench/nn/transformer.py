@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from attnbench.errors import UserError
+from attnbench.errors import UserError, differences
 
 from . import _rotary
 from ._conv import ShortConvolution
@@ -65,8 +65,7 @@ class Architecture:
 
     def differences(self, other: Mapping[str, Any]) -> list[str]:
         """Fields in which the JSON form of another architecture differs, each with both values."""
-        own, there = self.as_dict(), {**_DEFAULTS, **other}
-        return [f"{key} = {there.get(key)!r} there, {own[key]!r} here" for key in own if there.get(key) != own[key]]
+        return differences({**_DEFAULTS, **other}, self.as_dict())
 
     @property
     def own_params(self) -> dict[str, Any]:
