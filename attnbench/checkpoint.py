@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from attnbench import files
+from attnbench.environment import commit
 from attnbench.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
 FORMAT = 3
@@ -42,6 +44,12 @@ def load(path: Path, remedy: str = "delete it to train from the start") -> dict[
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is no checkpoint of this version: {remedy}")
     return state
+
+
+def elsewhere(state: Mapping[str, Any], what: str) -> list[str]:
+    """A note that `what` a checkpoint holds was done by other code than this; empty where it was not."""
+    there = state.get("commit", "")
+    return [] if there == commit() else [f"{what} at commit {there or 'unknown'}, which a checkpoint holds"]
 
 
 def hold(path: Path, what: str, differences: list[str]) -> None:

@@ -112,9 +112,10 @@ def collect(device: str) -> dict[str, Any]:
     return facts
 
 
-def apart(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Facts of an environment that differ in another one, each with both values."""
-    return differences(_flat(there), _flat(here))
+def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Facts in which two environments differ, each with both values; None where one of them lacks it."""
+    old, new = _flat(there), _flat(here)
+    return differences(old, {**dict.fromkeys(old), **new})
 
 
 def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,8 +98,8 @@ class Implementation:
     layout: Literal["bhnd", "bnhd"] = "bhnd"
     """`bnhd`: the function takes and returns `[B, N, H, D]`; inputs are converted before any clock starts"""
     note: str = ""
-    doubts: Callable[[Shape], list[str]] | None = field(default=None, hash=False)
-    """why the gradients of such a call cannot be trusted: where there is a reason, one with a backward pass runs only pinned"""
+    backward_reasons: Callable[[Shape], list[str]] | None = field(default=None, hash=False)
+    """why the gradients of such a call may be wrong: where there is a reason, one with a backward pass runs only pinned"""
     stages: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
     """stage of `attnbench.stages` -> parts of the names of the kernels that do it; where several match, the longest counts"""
 

@@ -181,8 +181,8 @@ class Method:
         why: list[str] = []
         for option in options:
             found = self.reasons(option, shape, dtype, device, params, backward=backward, graph=graph)
-            if backward and option.doubts and not self.pinned:
-                found = found + option.doubts(shape)
+            if backward and option.backward_reasons and not self.pinned:
+                found = found + option.backward_reasons(shape)
             if not found:
                 return option, []
             if option.name != EAGER and found == [option.broken()]:

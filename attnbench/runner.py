@@ -13,6 +13,7 @@ from attnbench.energy import ABSENT
 from attnbench.errors import UserError
 from attnbench.record import Record, Status
 from attnbench.tasks.learning import DRAWN
+from attnbench.tasks.swapped import forget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -93,6 +94,8 @@ def sweep(
             place.notes[:0] = target.notes
             env_id = facts.pop("env_id")
             target.save_environment(env_id, facts)
+            for case in cases if suite.task == TRAINED and not resume else ():
+                forget(case, checkpoints)
             summary = _Sweep(suite, device, env_id, place, target, tell, tuple(plugins), cases).run(resume=resume, retry=retry)
         shutil.rmtree(checkpoints / DRAWN, ignore_errors=True)  # drawn again in seconds, where another sweep needs it
         return summary
@@ -199,16 +202,15 @@ class _Sweep:
         return settled
 
     def _note_elsewhere(self, settled: Mapping[str, Record]) -> None:
-        """Say how many cells are settled in another environment alone, and what is different here."""
+        """Say how many cells are settled in other environments alone, and what is different here from the one that settled most."""
         left, records = {case.case_id for case in self.cases} - settled.keys(), self.target.records()
-        others = {r.env_id for r in records} - {self.env_id}
+        others = sorted({r.env_id for r in records} - {self.env_id})
         found = {key: left & store.done(records, key, self.suite.protocol.timeout_s).keys() for key in others}
-        most = max(found, key=lambda key: (len(found[key]), key), default="")
-        if found.get(most):
-            known = store.environments(self.target.file)
-            why = environment.apart(known.get(most, {}), known[self.env_id]) if most in known else []
+        if count := len(set().union(*found.values())):
+            known, most = store.environments(self.target.file), max(others, key=lambda key: len(found[key]))
+            why = environment.changes(known[most], known[self.env_id]) if most in known else []
             shown = f" ({'; '.join(why[:3])})" if why else ""
-            self.place.notes.append(f"{len(found[most])} of these cells were settled in another environment{shown}: they run again")
+            self.place.notes.append(f"{count} of these cells were settled in another environment{shown}: they run again")
 
     def _left(self, settled: Mapping[str, Record]) -> list[Case]:
         for case in self.cases:

@@ -52,8 +52,9 @@ def _sdpa(name: str, limits: Limits, *operators: str, **more: Any) -> Implementa
     return Implementation(name, f"attnbench.methods._sdpa:{name}", limits, operators=operators, **more)
 
 
-def _doubts(shape: Shape) -> list[str]:
-    return [] if fills_tiles(shape.n, shape.keys) else ["the gradient of q may be NaN where N is no multiple of 128 (pytorch 196678)"]
+def _partial_tiles(shape: Shape) -> list[str]:
+    wrong = not fills_tiles(shape.n, shape.keys)
+    return ["the gradient of q may be NaN where queries or keys are no multiple of 128 (pytorch 196678)"] if wrong else []
 
 
 def _half_on_gpu(_shape: Shape, _params: Params, dtype: torch.dtype, device: str) -> list[str]:
@@ -77,8 +78,8 @@ METHOD = Method(
             "cudnn",
             Limits(("cuda",), _HALF, max_dim=128, dim_multiple=8, cross=True),
             "aten::_scaled_dot_product_cudnn_attention",
-            doubts=_doubts,
-            note="trains with whole tiles of 128 tokens unless pinned",
+            backward_reasons=_partial_tiles,
+            note="with a backward pass it runs whole tiles of 128 queries and keys alone, unless pinned",
         ),
         _sdpa(
             "flash",

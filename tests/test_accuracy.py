@@ -17,7 +17,7 @@ from attnbench.case import Case
 from attnbench.cell import CellRunner
 from attnbench.protocol import Protocol
 from attnbench.record import Record, Status
-from attnbench.tasks import accuracy, routing, trained
+from attnbench.tasks import accuracy, learning, routing, trained
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -100,6 +100,17 @@ def test_a_method_that_reads_later_tokens_is_unsupported_on_a_causal_task(monkey
     record = accuracy.run(case(), "cpu")
     assert record.status is Status.UNSUPPORTED
     assert record.reasons == ("small is a causal task, and softmax with causal = false reads later tokens",)
+
+
+@pytest.mark.parametrize(("recipe", "data", "where"), [("small", "digits", "beside"), ("deit", "digits", "in turn")])
+def test_models_that_draw_random_numbers_train_in_turn_since_they_share_a_state(
+    monkeypatch: pytest.MonkeyPatch, recipe: str, data: str, where: str
+) -> None:
+    monkeypatch.setattr(learning, "_side_by_side", lambda *_: "beside")
+    monkeypatch.setattr(learning, "_in_turn", lambda *_: "in turn")
+    monkeypatch.setattr(learning, "Data", lambda *_: None)
+    made = case(rates="0.001/0.01", data=data, n=1024, recipe=recipe)
+    assert learning.train(made, trained.get(data), "cuda", None) == where
 
 
 def test_divergence_at_every_rate_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ import torch
 from runner_support import PLUGIN, QUICK, suite, sweep
 
 import attnbench
-from attnbench import registry, store
+from attnbench import environment, registry, store
 from attnbench.case import Case
 from attnbench.cell import CellRunner
 from attnbench.method import Shape
@@ -132,6 +132,28 @@ def test_resume_says_what_is_run_again_for_being_of_another_environment(tmp_path
     told.clear()
     assert sweep(s, tmp_path, resume=True, tell=told.append).resumed == 2
     assert not [e for e in told if e.kind == "note"]
+
+
+def test_cells_of_several_other_environments_are_counted_once(tmp_path: Path) -> None:
+    s, told = suite("wrong@eager", n=(16, 32, 48)), []
+    file = sweep(s, tmp_path).folder / store.RECORDS
+    lines = file.read_text().splitlines()
+    here = json.loads(lines[0])["env_id"]
+    lines = [line.replace(here, f"elsewhere{min(i, 1)}") for i, line in enumerate(lines)]
+    file.write_text("\n".join([*lines, lines[0].replace("elsewhere0", "elsewhere1")]) + "\n")
+    sweep(s, tmp_path, resume=True, tell=told.append)
+    assert [e.message for e in told if e.kind == "note"] == ["3 of these cells were settled in another environment: they run again"]
+
+
+def test_what_differs_between_environments_is_named_with_packages_and_what_is_known_of_a_gpu() -> None:
+    there = {"os": "a", "packages": {"torch": "1", "triton": "2"}, "gpu": {"driver": "5"}, "ceilings": {"copy_bytes_per_s": 1.0}}
+    here = {"os": "a", "packages": {"torch": "1", "timm": "3"}, "gpu": {"driver": "6"}, "ceilings": {"copy_bytes_per_s": 2.0}}
+    assert sorted(environment.changes(there, here)) == [
+        "driver = '5' there, '6' here",
+        "timm = None there, '3' here",
+        "triton = '2' there, None here",
+    ]
+    assert environment.changes(here, here) == []
 
 
 def test_resume_tries_errors_again_but_not_what_was_too_large(tmp_path: Path) -> None:

@@ -60,6 +60,20 @@ def test_a_resumed_run_takes_over_what_another_suite_has_trained(tmp_path: Path)
     assert sweep(other, tmp_path, resume=True).resumed == 4, "taken over once"
 
 
+def test_models_are_trained_anew_without_resume_alone(tmp_path: Path) -> None:
+    s = training("softmax", "topk", steps=(3,), trained_with=("softmax",))
+
+    def swept(**options: Any) -> tuple[int, ...]:
+        folder = sweep(s, tmp_path, **options).folder.parent / runner.CHECKPOINTS
+        return tuple(path.stat().st_mtime_ns for path in folder.glob("*.pt"))
+
+    first, again = swept(), swept()
+    assert len(first) == len(again) == 1
+    assert first != again
+    s = replace(s, methods=(*s.methods, Entry("linear")))
+    assert swept(resume=True) == again
+
+
 def test_nothing_is_taken_over_without_resume_or_of_another_environment(tmp_path: Path) -> None:
     first = sweep(training("softmax", steps=(3,)), tmp_path)
     other = replace(training("softmax", steps=(3,)), name="other")

@@ -8,46 +8,66 @@ import pytest
 import torch
 from attnbench.methods import _sdpa
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 import attnbench
 from attnbench.method import Shape
 
+CUDNN = SDPBackend.CUDNN_ATTENTION
+ALLOWED = {
+    CUDNN: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
+"""backend -> whether torch may choose it now"""
+
 
 @pytest.fixture
-def cudnn(monkeypatch):
-    """Whether cuDNN was allowed, call by call; nothing is computed."""
-    allowed = []
+def allowed(monkeypatch):
+    """Backends that torch could choose among, call by call; nothing is computed."""
+    found = []
 
     def noted(q, *_, **__):
-        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        found.append({backend for backend, enabled in ALLOWED.items() if enabled()})
         return q
 
     monkeypatch.setattr(_sdpa, "scaled_dot_product_attention", noted)
-    return allowed
+    return found
+
+
+def drawn(queries, keys, device="cuda"):
+    with FakeTensorMode():
+        return [torch.empty(1, 1, n, 64, device=device) for n in (queries, keys, keys)]
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "learns", "allowed"),
-    [(256, 64, True, False), (64, 256, True, False), (49, 49, True, False), (256, 128, True, True), (256, 64, False, True)],
+    ("queries", "keys", "without"), [(256, 64, {CUDNN}), (64, 256, {CUDNN}), (49, 49, {CUDNN}), (256, 128, set()), (4096, 4096, set())]
 )
-def test_cudnn_learns_from_whole_tiles_alone(cudnn, queries, keys, learns, allowed):
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    with FakeTensorMode():
-        q = torch.empty(1, 1, queries, 64, device="cuda", requires_grad=learns)
-        k = torch.empty(1, 1, keys, 64, device="cuda")
-        _sdpa.attention(q, k, k)
-        with torch.no_grad():
-            _sdpa.attention(q, k, k)
-    assert cudnn == [allowed, True]
+@pytest.mark.parametrize("learns", range(3), ids="qkv")
+def test_cudnn_trains_on_whole_tiles_alone(allowed, queries, keys, without, learns):
+    before, qkv = torch.backends.cuda.cudnn_sdp_enabled(), drawn(queries, keys)
+    _sdpa.attention(*qkv)
+    qkv[learns].requires_grad_()
+    _sdpa.attention(*qkv)
+    with torch.no_grad():
+        _sdpa.attention(*qkv)
+    assert allowed == [set(ALLOWED), set(ALLOWED) - without, set(ALLOWED)]
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
 
-def test_a_bias_that_learns_counts_too(cudnn):
+def test_a_bias_that_learns_counts_too(allowed):
     with FakeTensorMode():
-        q, bias = torch.empty(1, 1, 64, 64, device="cuda"), torch.empty(64, 64, device="cuda", requires_grad=True)
-        _sdpa.attention(q, q, q, bias)
-    assert cudnn == [False]
+        bias = torch.empty(64, 64, device="cuda", requires_grad=True)
+    _sdpa.attention(*drawn(64, 64), bias)
+    assert allowed == [set(ALLOWED) - {CUDNN}]
+
+
+def test_nothing_is_left_out_on_a_cpu(allowed):
+    q, k, v = drawn(64, 64, "cpu")
+    _sdpa.attention(q.requires_grad_(), k, v)
+    assert allowed == [set(ALLOWED)]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -67,19 +87,25 @@ def test_every_method_asks_for_backends_here():
 
 
 def test_it_compiles_whole_where_a_backend_is_kept_out(monkeypatch):
-    monkeypatch.setattr(_sdpa, "_sound", lambda *_: _sdpa.sdpa_kernel(_sdpa._SOUND))
+    monkeypatch.setattr(_sdpa, "_backends", lambda *_: _sdpa.sdpa_kernel(_sdpa._OTHERS))
     q = torch.randn(1, 2, 16, 8)
     whole = torch.compile(_sdpa.attention, backend="eager", fullgraph=True)
     torch.testing.assert_close(whole(q, q, q), scaled_dot_product_attention(q, q, q))
 
 
 @pytest.mark.parametrize(
-    ("name", "tokens", "backward", "chosen"),
-    [("", 3136, True, "flash"), ("", 3136, False, "cudnn"), ("", 4096, True, "cudnn"), ("@cudnn", 3136, True, "cudnn")],
+    ("name", "tokens", "keys", "backward", "chosen"),
+    [
+        ("", 3136, 3136, True, "flash"),
+        ("", 4096, 64, True, "flash"),
+        ("", 3136, 3136, False, "cudnn"),
+        ("", 4096, 4096, True, "cudnn"),
+        ("@cudnn", 3136, 3136, True, "cudnn"),
+    ],
 )
-def test_softmax_learns_by_cudnn_from_whole_tiles_unless_pinned(name, tokens, backward, chosen):
+def test_softmax_trains_by_cudnn_on_whole_tiles_unless_pinned(name, tokens, keys, backward, chosen):
     method = attnbench.get(f"softmax{name}")
-    found, _ = method.choose(Shape(1, 2, tokens, 64), torch.bfloat16, "cuda", method.parse({}), backward=backward)
+    found, _ = method.choose(Shape(1, 2, tokens, 64, keys=keys), torch.bfloat16, "cuda", method.parse({}), backward=backward)
     assert found is method.implementation(chosen)
 
 

@@ -54,6 +54,29 @@ def test_swap_ins_train_their_model_once(tmp_path: Path, monkeypatch: pytest.Mon
     assert own.validation[-1][0] == 4
 
 
+def test_a_model_that_other_code_trained_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swapped, "commit", lambda: "before")
+    accuracy.run(case(trained_with="softmax"), "cpu", tmp_path)
+    record = accuracy.run(case("topk", {"topk": 4}, trained_with="softmax"), "cpu", tmp_path)
+    assert record.training.notes == ("trained at commit before, which a checkpoint holds",)
+
+
+@pytest.mark.parametrize(("kind", "left"), [("small", set()), ("deit", {"{}.old", "{}.pt.old"})])
+def test_a_case_that_is_forgotten_loses_no_model_of_a_long_recipe(tmp_path: Path, kind: str, left: set[str]) -> None:
+    one = case("topk", {"topk": 4}, trained_with="softmax", recipe=kind)
+    name, other = swapped.base(one).case_id, tmp_path / "other"
+    for count in ("first", "second"):
+        for path in (tmp_path / name, other):
+            path.mkdir(exist_ok=True)
+            (path / "0.001.pt").write_text(count)
+        (tmp_path / f"{name}.pt").write_text(count)
+        swapped.forget(one, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"other", *(x.format(name) for x in left)}
+    for path in left:
+        found = tmp_path / path.format(name)
+        assert (found / "0.001.pt" if found.is_dir() else found).read_text() == "second"
+
+
 def test_a_cell_waits_for_the_model_that_another_is_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, trained, begun = learning.train, [], threading.Event()
 

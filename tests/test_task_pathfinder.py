@@ -153,3 +153,43 @@ def test_levels_of_pathfinder_go_by_name():
         assert trained.by_name(task)
     assert trained.get("pathfinder:hard") is trained.get("pathfinder") is pathfinder.TASK, "the plain task is the hard one"
     assert len({pathfinder.LEVELS[level].batch("train", 0, 4, 1024, 0).digest for level in LEVELS}) == 3
+
+
+EDGES = (2.5, 4, 6, 8, 11, 15)
+"""pixels around a dot, from which to which ink is counted"""
+
+
+def surroundings(split, batches):
+    """Of each image: grade, distance of the dots, and ink in rings around the one with less of it and the other; classes; grades."""
+    rows, classes, grades = [], [], []
+    y, x = np.mgrid[:32, :32]
+    for index in range(batches):
+        batch = trained.get("pathfinder:graded").batch(split, index, 64, 1024, 0)
+        for tokens, target, dashes in zip(batch.inputs, batch.targets.tolist(), batch.groups.tolist(), strict=True):
+            image = tokens.reshape(32, 32).numpy().astype(bool)
+            if len(found := dots(image, 1.5)) != 2:
+                continue
+            rings = [np.histogram(np.hypot(y - a, x - b)[image], EDGES)[0] for a, b in found]
+            apart = np.subtract(*found)
+            rows.append([*np.eye(4)[dashes - 3], np.hypot(*apart), np.abs(apart).max(), *np.min(rings, 0), *np.max(rings, 0)])
+            classes.append(target)
+            grades.append(dashes)
+    return torch.tensor(np.array(rows), dtype=torch.float32), torch.tensor(classes), np.array(grades)
+
+
+def test_ink_in_rings_around_the_dots_tells_the_class_of_short_paths_in_part():
+    """What a model may know that follows no path: so much is bounded, and named where accuracies are read."""
+    (inputs, targets, _), (others, wanted, grades) = surroundings("train", 40), surroundings("test", 20)
+    mean, spread = inputs.mean(0), inputs.std(0)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(inputs.shape[1], 32), torch.nn.GELU(), torch.nn.Linear(32, 2))
+    optimizer = torch.optim.AdamW(net.parameters(), 1e-2, weight_decay=0.1)
+    for _ in range(200):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net((inputs - mean) / spread), targets).backward()
+        optimizer.step()
+    right = (net((others - mean) / spread).argmax(1) == wanted).double().numpy()
+    by_grade = {dashes: round(float(right[grades == dashes].mean()), 3) for dashes in pathfinder.GRADES}
+    print(f"rings around the dots tell {right.mean():.3f}, by dashes {by_grade}")
+    assert right.mean() < 0.74
+    assert by_grade[6] < 0.65

@@ -76,6 +76,15 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert again.run() == fit
 
 
+def test_steps_that_other_code_took_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr("attnbench.train.commit", lambda: "before")
+        Trainer(model(per_token=True), per_token(), recipe(), path=path).run()
+    again = Trainer(model(per_token=True), per_token(), recipe(), path=path)
+    assert again.fit.notes == ["12 steps taken at commit before, which a checkpoint holds"]
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_as_a_result() -> None:
     def poisoned(split, index, size, n, seed) -> Batch:
         batch = thirty_two(split, index, size, n, seed)

@@ -84,8 +84,9 @@ def run(
 ) -> None:
     """Run a suite: check, time and measure every cell, each written to disk as soon as it ends.
 
-    Results are only ever added to. Without --resume every cell is measured, those of earlier runs once more as further attempts; with
-    it, a run that was interrupted goes on where it stopped. Exit code 1 where a cell failed, 130 where the run was interrupted.
+    Results are only ever added to. Without --resume every cell is measured, those of earlier runs once more as further attempts, and every
+    model is trained anew; with it, a run that was interrupted goes on where it stopped. Exit code 1 where a cell failed, 130 where the run
+    was interrupted.
     """
     from attnbench import distributed
     from attnbench.environment import pick_device

@@ -13,7 +13,7 @@ from attnbench.case import rates
 from attnbench.data import Data
 from attnbench.isolate import Progress, report
 from attnbench.race import race, run
-from attnbench.tasks.models import fresh, recipe, why_eager
+from attnbench.tasks.models import architecture, fresh, recipe, why_eager
 from attnbench.train import Trainer
 
 if TYPE_CHECKING:
@@ -47,7 +47,8 @@ class Outcome:
 def train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Outcome:
     """One model a learning rate, as far as `race` says; the one that was best when it stopped is kept.
 
-    On a GPU they train side by side, one after another where they do not fit, or on a CPU: that changes speed alone, see `race`.
+    On a GPU they train side by side, one after another where they do not fit or draw random numbers as they train, or on a CPU: that
+    changes speed alone, see `race`.
     """
     settings, tried = recipe(case, 1.0), rates(case.rates)
     data = Data(task, settings, device, folder / DRAWN if folder else None)
@@ -58,7 +59,8 @@ def train(case: Case, task: TrainedTask, device: str, folder: Path | None) -> Ou
         why = why_eager(case, device)
         return show.watch(Trainer(fresh(case, task), task, recipe(case, rate), device, path, data=data, why_eager=why))
 
-    if device != "cpu" and len(tried) > 1 and (outcome := _side_by_side(trainer, tried)):
+    draws = architecture(case, task).drop_path > 0  # from one state, which all in a process share
+    if device != "cpu" and len(tried) > 1 and not draws and (outcome := _side_by_side(trainer, tried)):
         return outcome
     return _in_turn(trainer, tried, settings, task)
 

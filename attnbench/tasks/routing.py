@@ -1,7 +1,7 @@
 """Routing of a trained model: which tokens no expert keeps, and how evenly queries spread over experts.
 
-Tokens that no expert of a layer keeps are pruned from that layer: no query can read them there, whatever it asks for. MiTA's authors see
-this emerge on images, https://arxiv.org/abs/2602.01219.
+Tokens that no expert of a layer keeps are pruned from that layer: no query can read them there, whatever it asks for, but as part of what a
+shared expert compresses. MiTA's authors see this emerge on images, https://arxiv.org/abs/2602.01219.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import checkpoint, distributed
 from attnbench.case import laid, other_method
+from attnbench.environment import commit
+from attnbench.errors import UserError
 from attnbench.files import alone
 from attnbench.recipe import Fit
 from attnbench.record import Record, Status
@@ -81,13 +83,35 @@ def _base_model(origin: Case, task: TrainedTask, device: str, folder: Path | Non
             found = checkpoint.load(path)
             checkpoint.hold(path, "architecture", architecture(origin, task).differences(found["architecture"]))
             fits = tuple(Fit(**fit) for fit in found["fits"])
+            for fit in fits:
+                fit.notes += checkpoint.elsewhere(found, "trained")
             return Outcome(fits, found["best"], found["model"]), float(found["accuracy"])
         outcome, accuracy = _trained(origin, task, device, folder)
         if outcome.best is not None and group.main:
             form = {"architecture": architecture(origin, task).as_dict(), "model": outcome.state, "best": outcome.best}
-            checkpoint.save(path, {**form, "accuracy": accuracy, "fits": [asdict(fit) for fit in outcome.fits]})
+            checkpoint.save(path, {**form, "commit": commit(), "accuracy": accuracy, "fits": [asdict(fit) for fit in outcome.fits]})
             shutil.rmtree(folder / origin.case_id, ignore_errors=True)
         return outcome, accuracy
+
+
+def forget(case: Case, folder: Path) -> None:
+    """Let a case be trained anew: what earlier runs kept of its model is removed; of a long recipe it is set aside, as `<name>.old`."""
+    try:
+        origin = base(case) if case.trained_with else case
+    except UserError:  # its record says so
+        return
+    for path in (folder / origin.case_id, folder / f"{origin.case_id}.pt"):
+        if case.recipe != "small" and path.exists():
+            _remove(old := path.with_name(f"{path.name}.old"))
+            path.replace(old)
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _trained(origin: Case, task: TrainedTask, device: str, folder: Path | None) -> tuple[Outcome, float]:
