@@ -14,7 +14,7 @@ from attnbench.registry import get
 from attnbench.tasks import trained
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from attnbench.method import Method, Params
 
@@ -82,15 +82,17 @@ class Case:
         any.
         """
         plain = asdict(self) | {"params": dict(self.params)}
-        return {key: value for key, value in plain.items() if key not in _TRAINING or value != _TRAINING[key]}
+        return {key: value for key, value in plain.items() if key not in TRAINING or value != TRAINING[key]}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Case:
-        """Read the JSON form. Raises `UserError` for fields of another schema."""
+        """Read the JSON form. Raises `UserError` for fields of another schema, `ValueError` for what is no number."""
         known = {f.name for f in fields(cls)}
         for key in data:
             if key not in known:
                 raise unknown("case field", key, known)
+            if key in _NUMBERS and type(data[key]) is not int:
+                raise ValueError(f"case field {key} is {data[key]!r}, no whole number")
         return cls(**{**data, "params": tuple(sorted(data["params"].items()))})
 
     @property
@@ -119,7 +121,7 @@ class Case:
         return f"{self.label} N={self.n} {what}{swapped}" + (f" #{self.replicate}" if self.replicate else "")
 
 
-_TRAINING = {f.name: f.default for f in fields(Case)[[f.name for f in fields(Case)].index("data") :]}
+TRAINING = {f.name: f.default for f in fields(Case)[[f.name for f in fields(Case)].index("data") :]}
 """Field of training -> its default."""
 
 
@@ -151,3 +153,24 @@ def other_method(text: str) -> tuple[Method, dict[str, str]]:
     method, values = get(name), {key: value for key, _, value in pairs}
     method.parse(values)
     return method, values
+
+
+_NUMBERS = frozenset(f.name for f in fields(Case) if f.type == "int")
+"""fields that are whole numbers"""
+
+
+def names(cases: Iterable[Case], *, params: bool = True) -> dict[Case, str]:
+    """Each case in a few words, and what else differs among them: sizes and settings, and with `params` also those of one method."""
+    cases = list(cases)
+    told = ("method", "implementation", "n", "params", "replicate", "trained_with")
+    varied = [f.name for f in fields(Case) if f.name not in told and len({getattr(c, f.name) for c in cases}) > 1]
+    values: dict[tuple[str, str], set[Any]] = {}
+    for case in cases:
+        for key, value in case.params:
+            values.setdefault((case.label, key), set()).add(value)
+
+    def more(case: Case) -> dict[str, Any]:
+        own = {name: getattr(case, name) for name in varied if name not in (("data", "seed") if case.data else ("mode",))}
+        return own | {key: value for key, value in case.params if params and len(values[case.label, key]) > 1}
+
+    return {case: str(case) + "".join(f" {name}={value}" for name, value in more(case).items()) for case in cases}

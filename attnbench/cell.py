@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnbench import check, energy, environment, inputs, memory, timing
 from attnbench.case import TRAINED
-from attnbench.errors import UserError
+from attnbench.errors import UserError, raised
 from attnbench.isolate import Reply, limit_host_memory
 from attnbench.record import Record, Status
 from attnbench.registry import add_plugins
@@ -130,8 +130,7 @@ class CellRunner:
         except Exception as error:  # a cell may raise anything and must not end the sweep
             if "can't allocate memory" in str(error) or "out of memory" in str(error).lower():
                 return _out_of_memory(case, error)
-            first = str(error).strip().splitlines()
-            return Record(case, Status.ERROR, "", reasons=(f"{type(error).__name__}: {first[0][:300] if first else ''}",))
+            return Record(case, Status.ERROR, "", reasons=(raised(error),))
 
     def run(self, case: Case) -> Record:
         """Run one case. Raises whatever the implementation raises."""

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
+
+
+PLUGIN = "attnbench_plugin_"
+"""how the names of modules begin that are files of a user"""
 
 
 class UserError(ValueError):
@@ -28,6 +34,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def raised(error: Exception) -> str:
-    """An exception's kind and the first line of what it says."""
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    """An exception's kind, the first line of what it says, and the line of the plugin that it passed through last, if any."""
+    text = str(error).strip().partition("\n")[0][:300]
+    within = [frame for frame in walk_tb(error.__traceback__) if frame[0].f_globals.get("__name__", "").startswith(PLUGIN)]
+    where = f" ({Path(within[-1][0].f_code.co_filename).name}, line {within[-1][1]})" if within else ""
+    return f"{type(error).__name__}{': ' if text else ''}{text}{where}"

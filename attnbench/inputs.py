@@ -210,8 +210,13 @@ def _read(path: str, shape: Shape) -> Inputs:
     }
     for key, size in wanted.items():
         if any(have < want for have, want in zip(sizes[key], size, strict=False)) or len(sizes[key]) != 4:
-            raise UserError(f"{path}: {key} is {list(sizes[key])}, the case needs at least {list(size)}")
+            few = len(sizes[key]) == 4
+            advice = "lower --axis n, heads, dim or batch" if few else "save it as [B, H, N, D]"
+            raise UserError(f"{path}: {key} is {list(sizes[key])}, the case needs at least {list(size)}: {advice}")
     data = load_file(Path(path))
+    for key in wanted:
+        if not data[key].is_floating_point() or not bool(data[key].isfinite().all()):
+            raise UserError(f"{path}: {key} holds numbers that are not finite, or whole ones: save finite floating-point q, k and v")
     q, k, v = (data[key][tuple(slice(n) for n in size)] for key, size in wanted.items())
     return q, k, v
 

@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from attnbench.errors import UserError, unknown
+from attnbench.errors import PLUGIN, UserError, unknown
 from attnbench.method import Method
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def plugin_files(path: Path) -> list[Path]:
 
 
 def _load_file(path: Path) -> ModuleType:
-    name = f"attnbench_plugin_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}_{path.stem}"
+    name = f"{PLUGIN}{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is not a Python file")

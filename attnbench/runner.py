@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from attnbench import environment, executor, inputs, registry, store
-from attnbench.case import TRAINED, Case, other_method
+from attnbench import environment, executor, inputs, registry, resuming, store
+from attnbench.case import TRAINED, Case, names, other_method
 from attnbench.energy import ABSENT
 from attnbench.errors import UserError
 from attnbench.record import Record, Status
@@ -39,6 +39,8 @@ class Event:
     """cells finished so far"""
     total: int
     case: Case | None = None
+    name: str = ""
+    """of the case among all of the sweep"""
     record: Record | None = None
     message: str = ""
     progress: Progress | None = None
@@ -130,6 +132,7 @@ class _Sweep:
     def __post_init__(self) -> None:
         self.summary = Summary(self.target.path)
         self.series = {case: store.series_of(case) for case in self.cases}
+        self.names = names(self.cases)
         self.place.listen(self._hear)
 
     def run(self, *, resume: bool, retry: bool) -> Summary:
@@ -138,7 +141,10 @@ class _Sweep:
             self._take_over()
         settled = self._settled(retry=retry) if resume else {}
         if resume:
-            self._note_elsewhere(settled)
+            left, known = {case.case_id for case in self.cases} - settled.keys(), store.environments(self.target.file)
+            timeout_s = self.suite.protocol.timeout_s
+            self.place.notes += resuming.elsewhere(left, self.target.records(), known, self.env_id, timeout_s)
+            self.place.notes += resuming.edited([record for key, record in settled.items() if key not in left])
         waiting = dict.fromkeys(self._left(settled))
         busy: set[str] = set()
         while waiting or busy:
@@ -150,7 +156,7 @@ class _Sweep:
                     self._finish(record)
                 continue
             del waiting[case]
-            self.tell(Event("start", self._finished, len(self.cases), case))
+            self.tell(Event("start", self._finished, len(self.cases), case, self.names[case]))
             if skipped := self._skip(case):
                 self._finish(skipped)
             else:
@@ -201,17 +207,6 @@ class _Sweep:
             settled = {key: r for key, r in settled.items() if (r.case, r.implementation) in metered or r.status is not Status.OK}
         return settled
 
-    def _note_elsewhere(self, settled: Mapping[str, Record]) -> None:
-        """Say how many cells are settled in other environments alone, and what is different here from the one that settled most."""
-        left, records = {case.case_id for case in self.cases} - settled.keys(), self.target.records()
-        others = sorted({r.env_id for r in records} - {self.env_id})
-        found = {key: left & store.done(records, key, self.suite.protocol.timeout_s).keys() for key in others}
-        if count := len(set().union(*found.values())):
-            known, most = store.environments(self.target.file), max(others, key=lambda key: len(found[key]))
-            why = environment.changes(known[most], known[self.env_id]) if most in known else []
-            shown = f" ({'; '.join(why[:3])})" if why else ""
-            self.place.notes.append(f"{count} of these cells were settled in another environment{shown}: they run again")
-
     def _left(self, settled: Mapping[str, Record]) -> list[Case]:
         for case in self.cases:
             if case.case_id in settled:
@@ -224,7 +219,7 @@ class _Sweep:
         return self.summary.resumed + len(self.summary.records)
 
     def _hear(self, case: Case, progress: Progress) -> None:
-        self.tell(Event("progress", self._finished, len(self.cases), case, progress=progress))
+        self.tell(Event("progress", self._finished, len(self.cases), case, self.names[case], progress=progress))
 
     def _pass_on_notes(self) -> None:
         while self.place.notes:
@@ -237,7 +232,7 @@ class _Sweep:
         self.target.append(record)
         self.summary.counts[record.status] += 1
         self.summary.records.append(record)
-        self.tell(Event("record", self._finished, len(self.cases), case, record))
+        self.tell(Event("record", self._finished, len(self.cases), case, self.names[case], record))
 
     def _complete(self, record: Record) -> Record:
         """With where it ran, and how to run it again."""

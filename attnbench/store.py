@@ -63,7 +63,7 @@ def read(path: Path) -> Loaded:
             result.records.append(Record.from_json(line.decode()))
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, line {number} is not a record ({error}): delete that line to go on") from None
     return result
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from attnbench.axes import BUDGET, CAUSAL, axis_name, axis_values, listed
-from attnbench.case import Case, laid
+from attnbench.case import TRAINED, TRAINING, Case, laid
 from attnbench.errors import UserError, unknown
 from attnbench.protocol import Protocol
 from attnbench.registry import get
@@ -60,6 +60,8 @@ class Suite:
         Raises `UserError`, also for a budget that no method can follow.
         """
         changed: dict[str, tuple[Any, ...]] = {axis_name(k, self.name): axis_values(k, v, self.name) for k, v in axes.items()}
+        if idle := [name for name in changed if name in TRAINING and self.task != TRAINED and "task" not in axes]:
+            raise UserError(f"suite {self.name} trains no model: leave out --axis {idle[0]}, or run accuracy, swap_in or pruning")
         entries = [e for name in methods for e in self._named(name) or [Entry(name)]] if methods else list(self.methods)
         for name in params:
             if not any(name in e.names for e in entries):

@@ -173,6 +173,7 @@ def test_the_command_captures_a_checkpoint_on_the_test_split_of_its_task(trained
         ("folder", {"config.json": "{"}, "cannot read"),
         ("folder", {"config.json": "{}"}, "names no model_type"),
         ("file.pt", {"file.pt": "no"}, "no checkpoint, or is damaged"),
+        ("file.pt", {"file.pt": "root:x:0:0:root:/root:/bin/bash\n"}, "no checkpoint, or is damaged"),
     ],
 )
 def test_what_is_no_model_is_said_in_one_line(tmp_path, name, files, words):

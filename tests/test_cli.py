@@ -97,6 +97,7 @@ def test_without_a_command_the_help_is_shown() -> None:
         ("plan quick --axis m=5", "unknown axis 'm'"),
         ("plan quick --axis direction=backward", "unknown axis 'direction' in suite quick: choose from batch, budget, causal"),
         ("plan quick --axis n=many", "many"),
+        ("plan quick --axis steps=7", "suite quick trains no model: leave out --axis steps, or run accuracy, swap_in or pruning"),
         ("plan quick --axis dtype=fp8", "unknown value of dtype 'fp8'"),
         ("plan quick --axis profile=rnd", "unknown profile 'rnd'"),
         ("plan quick --set mita=5", "names no method and parameter"),

@@ -90,6 +90,16 @@ def test_methods_of_one_result(tmp_path):
     assert len(found) == 6
 
 
+def test_a_causal_mask_meets_a_causal_mask_where_both_have_one(tmp_path):
+    records = [*(sweep(label, (1e-3,), params={"causal": causal})[0] for label in ("softmax", "topk") for causal in (True, False))]
+    found = compare.methods(load(tmp_path / "both", records), "softmax", "topk")
+    assert [(one.series_a, one.series_b) for one in found] == [
+        (f"Softmax, causal={causal}", f"Top-k, causal={causal}") for causal in (False, True)
+    ]
+    (apart,) = compare.methods(load(tmp_path / "apart", [records[0], records[3]]), "softmax", "topk")
+    assert apart.verdict is not None
+
+
 def test_lines_are_all_different_and_sum_up_what_one_side_lacks(tmp_path):
     records = [
         *sweep("softmax", (1e-3, 2e-3, 4e-3)),

@@ -2,6 +2,7 @@
 
 import itertools
 
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
@@ -96,6 +97,18 @@ def test_narrow_axes_have_ticks(low, high, ticks):
     _panel.plain(axes.xaxis)
     shown = axes.xaxis.get_majorticklocs()
     assert [axes.xaxis.get_major_formatter()(v) for v in shown if low <= v <= high] == ticks
+
+
+def test_a_linear_axis_shows_a_guess_and_magnifies_no_small_difference():
+    from attnbench.figures import _panel
+    from attnbench.metrics import METRICS
+
+    drawn = pd.DataFrame({"value": [0.0, 1e-4], "low": [0.0, 0.0], "high": [1e-4, 1e-4], "chance": [0.1, None]})
+    low, high = _panel.span(drawn, METRICS["accuracy"])
+    assert -0.01 < low < 0
+    assert 0.1 < high < 0.11
+    low, high = _panel.span(drawn.drop(columns="chance"), METRICS["accuracy"])
+    assert (low, high) == pytest.approx((-0.001, 0.021))
 
 
 @pytest.mark.parametrize(("n", "text"), [(196, "196"), (784, "784"), (1024, "1k"), (3136, "3136"), (262144, "256k"), (2**20, "1M")])

@@ -179,8 +179,15 @@ def test_a_file_profile_reads_slices_and_complains(tmp_path) -> None:
     q, _, v = inputs.draw(f"file:{path}", Shape(1, 2, 40, 8), 0, torch.float32, "cpu")
     assert torch.equal(q, data["q"][:, :, :40])
     assert torch.equal(v, data["v"][:, :, :40])
-    with pytest.raises(UserError, match="needs at least"):
+    with pytest.raises(UserError, match=r"needs at least \[1, 2, 51, 8\]: lower --axis n"):
         inputs.draw(f"file:{path}", Shape(1, 2, 51, 8), 0, torch.float32, "cpu")
+    for wrong in (torch.full((1, 2, 50, 8), torch.nan), torch.ones(1, 2, 50, 8, dtype=torch.int64)):
+        save_file(data | {"v": wrong}, path)
+        with pytest.raises(UserError, match="v holds numbers that are not finite, or whole ones"):
+            inputs.draw(f"file:{path}", Shape(1, 2, 40, 8), 0, torch.float32, "cpu")
+    save_file(data | {"k": data["k"][0]}, path)
+    with pytest.raises(UserError, match=r"save it as \[B, H, N, D\]"):
+        inputs.draw(f"file:{path}", Shape(1, 2, 40, 8), 0, torch.float32, "cpu")
     save_file({"q": data["q"]}, path)
     with pytest.raises(UserError, match="holds no tensor 'k'"):
         inputs.draw(f"file:{path}", Shape(1, 2, 40, 8), 0, torch.float32, "cpu")

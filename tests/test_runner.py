@@ -18,6 +18,7 @@ from runner_support import PLUGIN, QUICK, suite, sweep
 import attnbench
 from attnbench import environment, registry, store
 from attnbench.case import Case
+from attnbench.case import names as case_names
 from attnbench.cell import CellRunner
 from attnbench.method import Shape
 from attnbench.record import Record, Status
@@ -145,6 +146,30 @@ def test_cells_of_several_other_environments_are_counted_once(tmp_path: Path) ->
     assert [e.message for e in told if e.kind == "note"] == ["3 of these cells were settled in another environment: they run again"]
 
 
+def test_resume_says_which_plugins_changed_after_their_cells_were_settled(tmp_path: Path) -> None:
+    told, s = [], suite("wrong@eager", "softmax")
+    first = sweep(s, tmp_path)
+    sweep(s, tmp_path, resume=True, tell=told.append)
+    assert not [e for e in told if e.kind == "note"]
+    file = first.folder / store.RECORDS
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**line, "started": "2000-01-01T00:00:00+00:00"}) + "\n" for line in lines))
+    assert sweep(s, tmp_path, resume=True, tell=told.append).resumed == len(lines)
+    (note,) = [e.message for e in told if e.kind == "note"]
+    assert note.endswith("wrong.py was changed after cells of it were settled, which are left alone: leave out --resume to run them again")
+
+
+def test_names_tell_cells_apart() -> None:
+    cases = suite("softmax", "topk", heads=(1, 2), n=(32,)).expand()
+    told = case_names(cases)
+    assert len(set(told.values())) == len(cases) == 4
+    assert "softmax N=32 forward heads=1" in told.values()
+    one = [Case(task="speed", method="topk", params=(("causal", False), ("topk", k)), n=16) for k in (4, 8)]
+    assert list(case_names(one).values()) == ["topk N=16 forward topk=4", "topk N=16 forward topk=8"]
+    trained = [Case(task="accuracy", method="softmax", data="mqar", seed=seed, heads=heads) for seed in (0, 1) for heads in (1, 2)]
+    assert case_names(trained)[trained[1]] == "softmax N=1024 mqar seed=0 heads=2"
+
+
 def test_what_differs_between_environments_is_named_with_packages_and_what_is_known_of_a_gpu() -> None:
     there = {"os": "a", "packages": {"torch": "1", "triton": "2"}, "gpu": {"driver": "5"}, "ceilings": {"copy_bytes_per_s": 1.0}}
     here = {"os": "a", "packages": {"torch": "1", "timm": "3"}, "gpu": {"driver": "6"}, "ceilings": {"copy_bytes_per_s": 2.0}}
@@ -161,6 +186,8 @@ def test_resume_tries_errors_again_but_not_what_was_too_large(tmp_path: Path) ->
     sweep(s, tmp_path)
     again = sweep(s, tmp_path, resume=True)
     assert again.counts == {Status.ERROR: 2, Status.SKIPPED: 1}
+    (error,) = {r.reasons for r in again.records if r.status is Status.ERROR}
+    assert error == ("RuntimeError: a kernel that cannot (wrong.py, line 45)",)
     retried = sweep(s, tmp_path, resume=True, retry=True)
     assert retried.counts[Status.OOM] == 1
 

@@ -161,6 +161,19 @@ def test_damage_elsewhere_is_refused_with_its_line(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [('"n":2', '"n":"two"', "case field n is 'two', no whole number"), ('"timing":null', '"timing":"fast"', "items")],
+)
+def test_a_record_with_something_else_in_a_field_is_refused_with_its_line(tmp_path: Path, old: str, new: str, words: str) -> None:
+    file, line = tmp_path / store.RECORDS, record(2).to_json()
+    assert old in line
+    file.write_text(record(1).to_json() + "\n" + line.replace(old, new) + "\n")
+    with pytest.raises(UserError, match=r"line 2 is not a record \(.*\): delete that line to go on") as raised:
+        store.read(file)
+    assert words in str(raised.value)
+
+
 def test_another_schema_is_refused(tmp_path: Path) -> None:
     with Store(tmp_path) as target:
         target.append(record())

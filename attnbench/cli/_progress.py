@@ -58,28 +58,28 @@ class Reporter:
             self._line(f"note: {event.message}")
         self._progress.update(self._task, total=event.total, completed=event.index)
         if event.kind == "start":
-            self._progress.update(self._task, description=escape(str(event.case)))
+            self._progress.update(self._task, description=escape(event.name))
         if event.progress and event.case:
-            self._follow(event.case, event.progress)
+            self._follow(event.case, event.name, event.progress)
         if event.record:
             if event.record.case in self._cells:
                 self._progress.remove_task(self._cells.pop(event.record.case))
             self.done += 1
-            self._record(event.record, f"{event.index}/{event.total}")
+            self._record(event.record, event.name, f"{event.index}/{event.total}")
 
-    def _follow(self, case: "Case", progress: "CellProgress") -> None:
+    def _follow(self, case: "Case", name: str, progress: "CellProgress") -> None:
         if case not in self._cells:
             self._cells[case] = self._progress.add_task("", total=progress.total)
-        text = escape(f"{case}: {progress.text}")
+        text = escape(f"{name}: {progress.text}")
         self._progress.update(self._cells[case], completed=progress.done, total=progress.total, description=text)
 
-    def _record(self, record: "Record", position: str) -> None:
+    def _record(self, record: "Record", name: str, position: str) -> None:
         if self.echo:
             self._echo(record)
         failed = str(record.status) not in ("ok", "unsupported", "skipped", "diverged")
         if failed or not (self.quiet or self._live):
             reason = f": {'; '.join(record.reasons)}" if record.reasons else ""
-            self._line(f"[{position}] {record.status} {record.case}{reason}")
+            self._line(f"[{position}] {record.status} {name}{reason}")
 
     def _echo(self, record: "Record") -> None:
         """To stdout; where it cannot be written that is told once, and the sweep goes on: records are on disk."""

@@ -71,10 +71,12 @@ def _ceilings(flops: float | None, bandwidth: float | None) -> "Ceilings":
 
 
 def _print(cells: "Sequence[Prediction]", asked: "Mapping[Case, tuple[int, ...]]", summary: "Total", ceilings: "Ceilings") -> None:
-    budgets = any(asked.values())
+    from attnbench.case import names
+
+    budgets, told = any(asked.values()), names(asked, params=False)
     rows = [
         {
-            "cell": str(p.case),
+            "cell": told[p.case],
             **({"budget": ", ".join(map(str, asked[p.case])) or "fixed"} if budgets else {}),
             "params": ", ".join(f"{k}={v}" for k, v in p.case.params if k != "causal" or v),
             "work": si(p.flops, "FLOP"),

@@ -232,12 +232,17 @@ def fit(axes: Sequence[Axes], drawn: pd.DataFrame, metric: Metric) -> None:
         plain(one.yaxis)
 
 
+_LEAST = 0.02
+"""how much a linear axis spans at least, so that it does not magnify what is as good as equal"""
+
+
 def span(drawn: pd.DataFrame, metric: Metric) -> tuple[float, float]:
     """Ends of an axis with room for every value and range."""
-    values = pd.concat([drawn["value"], drawn["low"], drawn["high"]]).dropna()
+    values = pd.concat([drawn[name] for name in ("value", "low", "high", "chance") if name in drawn]).dropna()
     if metric.scale == "linear":
-        pad = 0.05 * max(float(values.max() - values.min()), 1e-3)
-        return float(values.min()) - pad, float(values.max()) + pad
+        low, high = float(values.min()), float(values.max())
+        high = max(high, low + _LEAST)
+        return low - 0.05 * (high - low), high + 0.05 * (high - low)
     positive = values[values > 0]
     return (float(positive.min()) / 1.3, float(positive.max()) * 1.3) if len(positive) else (0.1, 1.0)
 
