@@ -39,11 +39,11 @@ class Event:
     """cells finished so far"""
     total: int
     case: Case | None = None
-    name: str = ""
-    """of the case among all of the sweep"""
     record: Record | None = None
     message: str = ""
     progress: Progress | None = None
+    name: str = ""
+    """of the case among all of the sweep"""
 
 
 @dataclass
@@ -156,7 +156,7 @@ class _Sweep:
                     self._finish(record)
                 continue
             del waiting[case]
-            self.tell(Event("start", self._finished, len(self.cases), case, self.names[case]))
+            self.tell(Event("start", self._finished, len(self.cases), case, name=self.names[case]))
             if skipped := self._skip(case):
                 self._finish(skipped)
             else:
@@ -219,7 +219,7 @@ class _Sweep:
         return self.summary.resumed + len(self.summary.records)
 
     def _hear(self, case: Case, progress: Progress) -> None:
-        self.tell(Event("progress", self._finished, len(self.cases), case, self.names[case], progress=progress))
+        self.tell(Event("progress", self._finished, len(self.cases), case, progress=progress, name=self.names[case]))
 
     def _pass_on_notes(self) -> None:
         while self.place.notes:
@@ -232,7 +232,7 @@ class _Sweep:
         self.target.append(record)
         self.summary.counts[record.status] += 1
         self.summary.records.append(record)
-        self.tell(Event("record", self._finished, len(self.cases), case, self.names[case], record))
+        self.tell(Event("record", self._finished, len(self.cases), case, record, name=self.names[case]))
 
     def _complete(self, record: Record) -> Record:
         """With where it ran, and how to run it again."""

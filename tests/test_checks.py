@@ -110,7 +110,7 @@ def test_several_processes_find_what_one_finds_in_its_order(plugin: Path) -> Non
         return tuple(row[key] for key in ("implementation", "shape", "dtype", "mode", "verdict"))
 
     assert [told(row) for row in rows] == [told(row) for row in again]
-    assert [row["what"] for row in again if row["verdict"] == "failed"] == ["RuntimeError: of its own making"] * 2
+    assert [row["what"] for row in again if row["verdict"] == "failed"] == ["RuntimeError: of its own making (failing.py, line 13)"] * 2
     assert all(row["error"] <= row["bound"] for row in again if row["verdict"] == "passed")
 
 

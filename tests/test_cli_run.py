@@ -71,8 +71,8 @@ def sweeping(monkeypatch: pytest.MonkeyPatch, *statuses: Status, interrupt: bool
             Record(Case(task="speed", method="softmax", n=i + 1), status, "e", reasons=("because",)) for i, status in enumerate(statuses)
         ]
         for i, record in enumerate(records):
-            tell(runner.Event("start", i, len(records), record.case))
-            tell(runner.Event("record", i + 1, len(records), record.case, record))
+            tell(runner.Event("start", i, len(records), record.case, name=str(record.case)))
+            tell(runner.Event("record", i + 1, len(records), record.case, record, name=str(record.case)))
         if interrupt:
             raise KeyboardInterrupt
         return runner.Summary(results / "here", Counter(statuses), records=records)

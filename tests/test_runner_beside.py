@@ -148,8 +148,9 @@ def test_cells_that_train_have_bars_of_their_own() -> None:
     made = [Case(task="accuracy", method=name) for name in ("softmax", "linear")]
     with Reporter(quiet=True) as reporter:
         for case in made:
-            reporter(runner.Event("start", 0, 2, case))
-            reporter(runner.Event("progress", 0, 2, case, progress=isolate.Progress(30, 100, "loss 1.5, accuracy 0.25 at rate 0.001")))
+            reporter(runner.Event("start", 0, 2, case, name=str(case)))
+            step = isolate.Progress(30, 100, "loss 1.5, accuracy 0.25 at rate 0.001")
+            reporter(runner.Event("progress", 0, 2, case, progress=step, name=str(case)))
         bars = [(t.completed, t.total, t.description) for t in reporter._progress.tasks]
         assert [bar[:2] for bar in bars] == [(0, 2), (30, 100), (30, 100)]
         assert "loss 1.5, accuracy 0.25" in bars[1][2]
