@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from attnbench import cell, inputs, timing, trace
 from attnbench.cell import Bound
 from attnbench.cost import Work
+from attnbench.errors import raised
 from attnbench.isolate import Reply
 from attnbench.record import Breakdown
 from attnbench.stages import GRADIENT, home, marking, rank
@@ -51,8 +52,7 @@ class Anatomist:
             parts = self.take(record)
             gc.collect()
         except Exception as error:  # an implementation may raise anything, and the measurement stands
-            first = str(error).strip().splitlines()
-            return Reply(f"{type(error).__name__}: {first[0][:300] if first else ''}", reusable=False)
+            return Reply(raised(error), reusable=False)
         if self.device == "cuda":
             torch.cuda.empty_cache()
         return Reply(parts if parts.stages_s else "the profiler saw nothing run")

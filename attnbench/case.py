@@ -123,6 +123,8 @@ class Case:
 
 TRAINING = {f.name: f.default for f in fields(Case)[[f.name for f in fields(Case)].index("data") :]}
 """Field of training -> its default."""
+_NUMBERS = frozenset(f.name for f in fields(Case) if f.type == "int")
+"""fields that are whole numbers"""
 
 
 def laid(method: Method, case: Case) -> dict[str, str]:
@@ -153,10 +155,6 @@ def other_method(text: str) -> tuple[Method, dict[str, str]]:
     method, values = get(name), {key: value for key, _, value in pairs}
     method.parse(values)
     return method, values
-
-
-_NUMBERS = frozenset(f.name for f in fields(Case) if f.type == "int")
-"""fields that are whole numbers"""
 
 
 def names(cases: Iterable[Case], *, params: bool = True) -> dict[Case, str]:

@@ -19,12 +19,12 @@ FORMAT = 3
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Replace `path` by `state`, so that at any moment it is the old file or the new one.
+    """Replace `path` by `state` and the commit of this code, so that at any moment it is the old file or the new one.
 
     Raises `UserError` where it cannot be written; the old file is then as it was.
     """
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
+    torch.save({"format": FORMAT, "commit": commit(), **state}, buffer)
     files.write(path, buffer.getbuffer(), remedy="the checkpoint before it is as it was: free space and run again")
 
 
@@ -45,7 +45,7 @@ def load(path: Path, remedy: str = "delete it to train from the start") -> dict[
     return state
 
 
-def elsewhere(state: Mapping[str, Any], what: str) -> list[str]:
+def of_other_code(state: Mapping[str, Any], what: str) -> list[str]:
     """A note that `what` a checkpoint holds was done by other code than this; empty where it was not."""
     there = state.get("commit", "")
     return [] if there == commit() else [f"{what} at commit {there or 'unknown'}, which a checkpoint holds"]

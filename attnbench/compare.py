@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -135,16 +134,12 @@ def methods(table: pd.DataFrame, a: str, b: str) -> list[Comparison]:
     keys = ["suite", "device", "task", "mode", "n", *CONDITIONS]
     again, names = _again(table), series.labels(table)
     parts = [
-        [(_causal(params), _Side(rows, names, again, str(names[rows.index[0]]))) for params, rows in side.groupby("params")]
+        [(frame.is_causal(str(params)), _Side(rows, names, again, str(names[rows.index[0]]))) for params, rows in side.groupby("params")]
         for side in sides
     ]
     pairs = list(itertools.product(*parts))
     alike = [pair for pair in pairs if pair[0][0] == pair[1][0]] or pairs  # a causal mask is a condition, not a setting of the method
     return [row for (_, left), (_, right) in alike for row in _paired(left, right, keys)]
-
-
-def _causal(params: object) -> bool:
-    return bool(json.loads(str(params)).get("causal", False))
 
 
 def fastest(rows: Sequence[dict[str, Any]], again: Sequence[tuple[float, float]]) -> dict[str, Any] | None:

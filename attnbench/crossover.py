@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -132,7 +131,7 @@ def _of_group(group: series.Group, against: str, metric: str, mode: str | None) 
 
 
 def _causal(rows: pd.DataFrame) -> bool:
-    return bool(json.loads(rows["params"].iloc[0]).get("causal", False))
+    return frame.is_causal(str(rows["params"].iloc[0]))
 
 
 def _search(own: pd.DataFrame, base: pd.DataFrame, metric: str, again: Sequence[tuple[float, float]]) -> Crossover:

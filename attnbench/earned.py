@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from attnbench import joining, series
+from attnbench import frame, joining, series
 from attnbench.case import Case
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def asked(table: pd.DataFrame, *, swapped: bool = False) -> pd.DataFrame:
     rows = rows.assign(trained_with=other)[(other != "") == swapped]
     if rows.empty:
         return rows.assign(panel="", series="", own="", words="")
-    causal = [", causal" if joining.is_causal(p) else "" for p in rows["params"]]
+    causal = [", causal" if frame.is_causal(p) else "" for p in rows["params"]]
     origin = [f", trained with {_origin(other)}" if other else "" for other in rows["trained_with"]]
     panels = [a + b + c for a, b, c in zip(rows["data"].map(titles(rows["data"])), causal, origin, strict=True)]
     rows = _parted(rows.assign(panel=panels, own=[json.dumps(joining.own(p), sort_keys=True) for p in rows["params"]]))
@@ -234,7 +234,7 @@ def _before(rows: pd.DataFrame) -> str:
 
 def _plain(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of the bidirectional form where there are any: their costs are shown."""
-    causal = rows["params"].map(joining.is_causal)
+    causal = rows["params"].map(frame.is_causal)
     return rows if causal.all() else rows[~causal]
 
 

@@ -95,6 +95,11 @@ def _named(table: pd.DataFrame, option: str, name: str) -> pd.Series[bool]:
     return table[option] == name
 
 
+def is_causal(params: str) -> bool:
+    """Whether parameters (JSON) ask for a causal form."""
+    return bool(json.loads(params).get("causal", False))
+
+
 def timed(row: Mapping[str, Any]) -> bool:
     """Whether a row of the table was measured with a clock; cells that ran beside others were not."""
     return bool(row["status"] == "ok" and row["time_s"] == row["time_s"])

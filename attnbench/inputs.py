@@ -210,8 +210,7 @@ def _read(path: str, shape: Shape) -> Inputs:
     }
     for key, size in wanted.items():
         if any(have < want for have, want in zip(sizes[key], size, strict=False)) or len(sizes[key]) != 4:
-            few = len(sizes[key]) == 4
-            advice = "lower --axis n, heads, dim or batch" if few else "save it as [B, H, N, D]"
+            advice = "lower --axis n, heads, dim or batch" if len(sizes[key]) == 4 else "save it as [B, H, N, D]"
             raise UserError(f"{path}: {key} is {list(sizes[key])}, the case needs at least {list(size)}: {advice}")
     data = load_file(Path(path))
     for key in wanted:

@@ -143,7 +143,7 @@ def _others(table: pd.DataFrame, tasks: Sequence[str]) -> pd.DataFrame:
 def _source(rows: pd.DataFrame, wanted: pd.DataFrame, n: int) -> Source | None:
     if rows.empty or wanted.empty:
         return None
-    causal, methods = is_causal(str(wanted["params"].iloc[0])), set(wanted["method"])
+    causal, methods = frame.is_causal(str(wanted["params"].iloc[0])), set(wanted["method"])
     options = [source for group in series.groups(rows) for source in _options(group, n, causal)]
     most = max(len(methods & set(source.rows["method"])) for source in options)
     good = [s for s in options if most and 2 * len(methods & set(s.rows["method"])) >= most]
@@ -165,7 +165,7 @@ def _listed(apart: Sequence[str]) -> str:
 
 def _options(group: series.Group, n: int, causal: bool) -> Iterable[Source]:
     """The group at each length, in the form asked for where it has that, else in the other."""
-    form = group.rows["params"].map(is_causal)
+    form = group.rows["params"].map(frame.is_causal)
     for length in sorted(group.rows["n"].unique()):
         here = group.rows["n"] == length
         there = causal if (here & (form == causal)).any() else not causal
@@ -186,11 +186,6 @@ def _rank(source: Source, wanted: pd.DataFrame) -> tuple[Any, ...]:
 def _configurations(rows: pd.DataFrame) -> set[tuple[str, str]]:
     pairs = rows[["method", "params"]].drop_duplicates().itertuples(index=False, name=None)
     return {(method, json.dumps(own(params), sort_keys=True)) for method, params in pairs}
-
-
-def is_causal(params: str) -> bool:
-    """Whether parameters (JSON) ask for a causal form."""
-    return bool(json.loads(params).get("causal", False))
 
 
 def errors(rows: pd.DataFrame) -> dict[tuple[str, str, str], dict[int, float]]:

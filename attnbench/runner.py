@@ -141,10 +141,10 @@ class _Sweep:
             self._take_over()
         settled = self._settled(retry=retry) if resume else {}
         if resume:
-            left, known = {case.case_id for case in self.cases} - settled.keys(), store.environments(self.target.file)
-            timeout_s = self.suite.protocol.timeout_s
+            wanted, known = {case.case_id for case in self.cases}, store.environments(self.target.file)
+            left, timeout_s = wanted - settled.keys(), self.suite.protocol.timeout_s
             self.place.notes += resuming.elsewhere(left, self.target.records(), known, self.env_id, timeout_s)
-            self.place.notes += resuming.edited([record for key, record in settled.items() if key not in left])
+            self.place.notes += resuming.edited([record for key, record in settled.items() if key in wanted])
         waiting = dict.fromkeys(self._left(settled))
         busy: set[str] = set()
         while waiting or busy:

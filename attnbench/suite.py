@@ -60,7 +60,7 @@ class Suite:
         Raises `UserError`, also for a budget that no method can follow.
         """
         changed: dict[str, tuple[Any, ...]] = {axis_name(k, self.name): axis_values(k, v, self.name) for k, v in axes.items()}
-        if idle := [name for name in changed if name in TRAINING and self.task != TRAINED and "task" not in axes]:
+        if idle := [name for name in changed if name in TRAINING and self.task != TRAINED]:
             raise UserError(f"suite {self.name} trains no model: leave out --axis {idle[0]}, or run accuracy, swap_in or pruning")
         entries = [e for name in methods for e in self._named(name) or [Entry(name)]] if methods else list(self.methods)
         for name in params:

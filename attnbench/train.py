@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_map
 from attnbench import checkpoint, distributed
 from attnbench.batches import IGNORED
 from attnbench.data import Data
-from attnbench.environment import commit
 from attnbench.errors import UserError, differences
 from attnbench.nn.fusing import compiled, fuse
 from attnbench.optimizer import optimizer
@@ -246,7 +245,6 @@ class Trainer:
         return {
             "architecture": self.model.architecture.as_dict(),
             "task": self.task.name,
-            "commit": commit(),
             "recipe": _plain(asdict(self.recipe)),
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -268,7 +266,7 @@ class Trainer:
         checkpoint.hold(path, "recipe", differences({"task": state["task"], **state["recipe"]}, own))
         self.go_on(state)
         self.kept = self.fit.step
-        self.fit.notes += checkpoint.elsewhere(state, f"{self.kept} steps taken")
+        self.fit.notes += checkpoint.of_other_code(state, f"{self.kept} steps taken")
 
     def go_on(self, state: Mapping[str, Any]) -> None:
         """Take over the state of another trainer of the same model, task and recipe, as `copied` or a checkpoint holds it."""

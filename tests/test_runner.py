@@ -156,6 +156,8 @@ def test_resume_says_which_plugins_changed_after_their_cells_were_settled(tmp_pa
     file.write_text("".join(json.dumps({**line, "started": "2000-01-01T00:00:00+00:00"}) + "\n" for line in lines))
     assert sweep(s, tmp_path, resume=True, tell=told.append).resumed == len(lines)
     (note,) = [e.message for e in told if e.kind == "note"]
+    assert sweep(suite("softmax"), tmp_path, resume=True, tell=told.append).resumed
+    assert [e.message for e in told if e.kind == "note"] == [note], "no cell of the plugin was asked for"
     assert note.endswith("wrong.py was changed after cells of it were settled, which are left alone: leave out --resume to run them again")
 
 

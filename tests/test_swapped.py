@@ -55,8 +55,9 @@ def test_swap_ins_train_their_model_once(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_model_that_other_code_trained_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swapped, "commit", lambda: "before")
-    accuracy.run(case(trained_with="softmax"), "cpu", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("attnbench.checkpoint.commit", lambda: "before")
+        accuracy.run(case(trained_with="softmax"), "cpu", tmp_path)
     record = accuracy.run(case("topk", {"topk": 4}, trained_with="softmax"), "cpu", tmp_path)
     assert record.training.notes == ("trained at commit before, which a checkpoint holds",)
 

@@ -79,7 +79,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
 def test_steps_that_other_code_took_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.pt"
     with monkeypatch.context() as patch:
-        patch.setattr("attnbench.train.commit", lambda: "before")
+        patch.setattr("attnbench.checkpoint.commit", lambda: "before")
         Trainer(model(per_token=True), per_token(), recipe(), path=path).run()
     again = Trainer(model(per_token=True), per_token(), recipe(), path=path)
     assert again.fit.notes == ["12 steps taken at commit before, which a checkpoint holds"]

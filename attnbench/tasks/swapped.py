@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from attnbench import checkpoint, distributed
 from attnbench.case import laid, other_method
-from attnbench.environment import commit
 from attnbench.errors import UserError
 from attnbench.files import alone
 from attnbench.recipe import Fit
@@ -84,12 +83,12 @@ def _base_model(origin: Case, task: TrainedTask, device: str, folder: Path | Non
             checkpoint.hold(path, "architecture", architecture(origin, task).differences(found["architecture"]))
             fits = tuple(Fit(**fit) for fit in found["fits"])
             for fit in fits:
-                fit.notes += checkpoint.elsewhere(found, "trained")
+                fit.notes += checkpoint.of_other_code(found, "trained")
             return Outcome(fits, found["best"], found["model"]), float(found["accuracy"])
         outcome, accuracy = _trained(origin, task, device, folder)
         if outcome.best is not None and group.main:
             form = {"architecture": architecture(origin, task).as_dict(), "model": outcome.state, "best": outcome.best}
-            checkpoint.save(path, {**form, "commit": commit(), "accuracy": accuracy, "fits": [asdict(fit) for fit in outcome.fits]})
+            checkpoint.save(path, {**form, "accuracy": accuracy, "fits": [asdict(fit) for fit in outcome.fits]})
             shutil.rmtree(folder / origin.case_id, ignore_errors=True)
         return outcome, accuracy
 
