@@ -29,6 +29,9 @@ def test_list_filters_and_says_what_runs_here() -> None:
     text = call("list", "softmax", "--device", "cpu").stdout
     assert "runs on cuda only" in text
     assert "mita" not in text
+    none = call("list", "sofmax*", "--json")
+    assert (none.exit_code, none.stdout) == (2, "")
+    assert none.stderr == "error: unknown method 'sofmax*': did you mean softmax?\n"
 
 
 def test_list_shows_what_failed_to_load_beside_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,6 +228,14 @@ def test_maps_of_kept_tokens_are_drawn_over_the_picture_from_records_alone(loade
     assert "could not be read" not in captioned(figure)
 
 
+def test_conditions_are_those_of_the_methods_that_are_drawn(loaded: pd.DataFrame) -> None:
+    (group,) = [g for g in kept.groups(loaded[loaded["suite"] == "accuracy"]) if g.place.endswith("pathfinder-1024")]
+    for method, told in (("nystromformer", False), ("mita", True)):
+        rows = group.rows.copy()
+        rows.loc[rows["method"] == method, "env_id"] = "elsewhere"
+        assert ("2 environments" in captioned(kept.build(rows))) == told, f"{method} is {'' if told else 'not '}drawn"
+
+
 def test_maps_without_their_picture_say_so(loaded: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
     (group,) = [g for g in kept.groups(loaded[loaded["suite"] == "accuracy"]) if g.place.endswith("pathfinder-1024")]
     monkeypatch.setattr(kept, "picture", lambda *_: (_ for _ in ()).throw(UserError("its package is missing")))

@@ -17,11 +17,14 @@ def list_methods(
     plugin: Plugins = [],
 ) -> None:
     """List methods, and which of their implementations can run here."""
+    from attnbench.errors import unknown
     from attnbench.registry import registry
 
     with_plugins(plugin, refuse=False)
     rows = _methods(pattern, device)
     failed = [vars(f) for name, f in sorted(registry().failed.items()) if fnmatchcase(name, pattern)]
+    if not rows and not failed:
+        raise unknown("method", pattern, registry().found)
     if json:
         return emit_json({"methods": rows, "failed": failed})
     emit_table([*(line for row in rows for line in _lines(row)), *map(_failure, failed)])

@@ -187,7 +187,7 @@ def _lines(data: pd.DataFrame, across: str, axis: str, scale: str, *, powers: bo
 
 def _bands(plot: Any, parts: list[tuple[str, pd.DataFrame]]) -> None:
     noisy = [(name, part[part["floor"].notna()]) for name, part in parts if part["floor"].notna().any()]
-    outlines = [(floats(p["n"]), floats(p["value"] * (1 + p["floor"])), floats(p["value"] * (1 - p["floor"]))) for _, p in noisy]
+    outlines = [(floats(p["n"]), floats(p["value"] * (1 + p["floor"])), floats(p["value"] / (1 + p["floor"]))) for _, p in noisy]
     if noisy:
         plot.patches("xs", "ys", color="#888888", alpha=0.25, source=source({
             "xs": [n + n[::-1] for n, _, _ in outlines], "ys": [up + down[::-1] for _, up, down in outlines],

@@ -96,7 +96,8 @@ def caption(table: pd.DataFrame, drawn: pd.DataFrame, before: str = "", after: s
 def conditions(table: pd.DataFrame, drawn: pd.DataFrame) -> str:
     """How the models of a table were trained, and what the labels leave out of the methods that are drawn."""
     rows = table[table["task"] == earned.TASK]
-    told = f"{series.describe(rows)}. {series.settings(rows[rows['method'].isin(drawn['method'])])}".strip()
+    shown = rows[rows["method"].isin(drawn["method"])]
+    told = f"{series.describe(shown)}. {series.settings(shown)}".strip()
     steps, again = earned.all_steps(earned.asked(rows)), earned.several_models(earned.asked(frame.current(rows), swapped=True))
     return " ".join(part for part in (told, f"{steps}." if steps else "", again) if part)
 
