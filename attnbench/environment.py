@@ -114,12 +114,12 @@ def collect(device: str) -> dict[str, Any]:
 
 def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """Facts in which two environments differ, each with both values; None where one of them lacks it."""
-    old, new = _flat(there), _flat(here)
+    old, new = flat(there), flat(here)
     return differences(old, {**dict.fromkeys(old), **new})
 
 
-def _flat(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what was measured; packages and what is known of a GPU among the others."""
+def flat(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `collect` found without what was measured, packages and what is known of a GPU among the other facts."""
     groups = [facts.get(name, {}) for name in _GROUPS]
     return {**{k: v for k, v in facts.items() if k not in {*_GROUPS, "ceilings"}}, **{k: v for group in groups for k, v in group.items()}}
 

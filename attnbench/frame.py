@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from attnbench import store
+from attnbench.environment import flat
 from attnbench.errors import UserError
 from attnbench.stats import median
 
@@ -28,7 +29,8 @@ def load(results: Path, *, attempts: bool = False) -> tuple[pd.DataFrame, list[s
     the case, `params` (JSON), `budget` (tuple) and `learned` as recorded, `status`, `reason`, `started`, `samples_s` (tuple), `time_s`
     (median), memory in `*_bytes`, `flops`, `bytes`, one column a task metric, `breakdown` and `training` as recorded where there are any,
     `energy_j` of a call above `idle_w` and power `mean_w` where they were metered, `apart_s` and `metered_s` (median time of a call in the
-    attempt that was taken apart, or metered), and the environment's `gpu`, `copy_bytes_per_s`, `matmul_flops_per_s` where measured.
+    attempt that was taken apart, or metered), and the environment's `facts` (tuple of pairs: `environment.flat`) and, where measured,
+    `copy_bytes_per_s` and `matmul_flops_per_s`.
     """
     rows: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -114,6 +116,7 @@ def _row(record: Record, suite: str, environment: dict[str, Any]) -> dict[str, A
         "device": environment.get("device", ""),
         "case_id": record.case.case_id,
         "env_id": record.env_id,
+        "facts": tuple(flat(environment).items()),
         "label": record.case.label,
         "asked": record.case.implementation,
         "implementation": record.implementation,

@@ -175,8 +175,18 @@ def describe(rows: pd.DataFrame) -> str:
     if any(known["graph"]):
         parts.append("CUDA graph" if all(known["graph"]) else "with and without CUDA graph")
     if rows["env_id"].nunique() > 1:
-        parts.append(f"{rows['env_id'].nunique()} environments")
+        parts.append(_environments(rows))
     return ", ".join(parts)
+
+
+def _environments(rows: pd.DataFrame) -> str:
+    """How many environments rows come from, and which facts are not the same in all of them."""
+    known = rows.drop_duplicates("env_id")
+    facts = [dict(each) for each in known["facts"]] if "facts" in known else []
+    names = sorted(set().union(*facts))
+    differ = [name for name in names if len({str(each.get(name)) for each in facts}) > 1]
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    return f"{len(known)} environments" + (f" (different {'/'.join(differ[:3])}{more})" if differ else "")
 
 
 def conditions(row: Mapping[str, Any] | pd.Series[Any]) -> str:

@@ -12,7 +12,7 @@ import pytest
 import synthetic
 import synthetic_trained
 
-from attnbench import earned, figures, frame, suite_file, tables
+from attnbench import earned, figures, frame, series, suite_file, tables
 from attnbench.errors import UserError
 from attnbench.figures import (
     _kept,
@@ -231,9 +231,20 @@ def test_maps_of_kept_tokens_are_drawn_over_the_picture_from_records_alone(loade
 def test_conditions_are_those_of_the_methods_that_are_drawn(loaded: pd.DataFrame) -> None:
     (group,) = [g for g in kept.groups(loaded[loaded["suite"] == "accuracy"]) if g.place.endswith("pathfinder-1024")]
     for method, told in (("nystromformer", False), ("mita", True)):
-        rows = group.rows.copy()
-        rows.loc[rows["method"] == method, "env_id"] = "elsewhere"
+        here = group.rows["method"] != method
+        rows = group.rows.assign(env_id=group.rows["env_id"].where(here, "elsewhere"))
         assert ("2 environments" in captioned(kept.build(rows))) == told, f"{method} is {'' if told else 'not '}drawn"
+
+
+def test_environments_are_told_apart_by_what_differs(loaded: pd.DataFrame) -> None:
+    rows = loaded[loaded["suite"] == "accuracy"]
+    assert "environment" not in series.describe(rows)
+    others = {"a": {"threads": 2}, "b": {"threads": 3}, "c": {"driver": "1", "os": "x", "threads": 3, "torch": "9"}}
+    facts = dict(rows["facts"].iloc[0])
+    for names, words in (("a", ""), ("ab", " (different threads)"), ("abc", " (different driver/os/threads and 1 more)")):
+        ids = [names[i % len(names)] for i in range(len(rows))]
+        moved = rows.assign(env_id=ids, facts=[tuple({**facts, **others[i]}.items()) for i in ids])
+        assert series.describe(moved).endswith(f"{len(names)} environments{words}" if words else "bfloat16")
 
 
 def test_maps_without_their_picture_say_so(loaded: pd.DataFrame, monkeypatch: pytest.MonkeyPatch) -> None:
