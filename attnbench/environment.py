@@ -121,7 +121,7 @@ def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 def flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What `collect` found without what was measured, packages and what is known of a GPU among the other facts."""
     groups = [facts.get(name, {}) for name in _GROUPS]
-    return {**{k: v for k, v in facts.items() if k not in {*_GROUPS, "ceilings"}}, **{k: v for group in groups for k, v in group.items()}}
+    return {**{k: v for group in groups for k, v in group.items()}, **{k: v for k, v in facts.items() if k not in {*_GROUPS, "ceilings"}}}
 
 
 def env_id(facts: dict[str, Any]) -> str:

@@ -33,6 +33,8 @@ class Metric:
     """value from the row alone, where it is derived but not of time"""
     divide: float = 1.0
     """base units in one `unit`, for axes"""
+    least: float = 0.0
+    """where a logarithmic axis ends whatever is below, in base units"""
 
     @property
     def axis(self) -> str:

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from attnbench.eager import expand_heads
+from attnbench.sdpa import attention
 from attnbench.stages import stage
 
 from ._constants import constant
 from ._regions import laid_out
-from ._sdpa import attention
 from .block_window import pair_bias
 
 if TYPE_CHECKING:

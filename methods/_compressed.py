@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from attnbench.eager import attend, expand_heads
+from attnbench.sdpa import attention
 from attnbench.stages import stage
 
 from ._products import divisor
-from ._sdpa import attention
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnbench.eager import masked_softmax, positions, wide
+from attnbench.sdpa import attention
 from attnbench.stages import stage
 
 from ._chunks import rows_per_chunk
 from ._recompute import recomputed
 from ._sampling import corners, mix
-from ._sdpa import attention
 from .dat import displacements, on_grid, places
 
 if TYPE_CHECKING:

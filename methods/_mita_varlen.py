@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from attnbench.eager import expand_heads, wide
+from attnbench.sdpa import attention
 from attnbench.stages import stage
 
 from ._landmarks import landmarks
 from ._routes import largest
-from ._sdpa import attention
 from ._varlen import Part, group_by_expert, make_part, merged_attention
 
 if TYPE_CHECKING:

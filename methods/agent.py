@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING
 from attnbench.eager import attend, expand_heads, take
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Shape, param
+from attnbench.sdpa import attention
 from attnbench.stages import stage
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from . import _fused
 from ._compressed import attend_few
 from ._landmarks import LandmarkParams, landmark_budget, landmarks, pool_flops
-from ._sdpa import attention
 
 if TYPE_CHECKING:
     from torch import Tensor

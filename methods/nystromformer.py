@@ -23,12 +23,12 @@ from torch.nn.functional import conv2d
 from attnbench.eager import attend, expand_heads, masked_softmax, take, wide
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import AttentionModule, Citation, Cost, Implementation, Limits, Method, Params, Shape, param
+from attnbench.sdpa import attention
 from attnbench.stages import stage
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
 
 from ._landmarks import bins, pool
 from ._newton_schulz import newton_schulz
-from ._sdpa import attention
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,9 +16,8 @@ from torch import Tensor
 from attnbench.eager import attend, causal_mask, expand_heads, positions, take
 from attnbench.fastweights import Bank, FastWeights
 from attnbench.method import Citation, Cost, Implementation, Limits, Method, Params, Shape
+from attnbench.sdpa import fills_tiles
 from attnbench.taxonomy import Construction, Coordinates, Count, Expert, Scaling, Topology
-
-from ._sdpa import fills_tiles
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from figures_support import axes_with_lines
 
 from attnbench import figures, frame, series, stats
 from attnbench.errors import UserError
-from attnbench.figures import _interactive, _style, latency, pareto
+from attnbench.figures import _interactive, _panel, _style, latency, pareto
 from attnbench.metrics import METRICS
 
 LENGTHS = (1024, 32768, 131072)
@@ -129,7 +129,7 @@ def test_noise_band_covers_the_series_measured_twice(few):
 def test_noise_band_of_a_page_is_that_of_a_figure_and_never_below_zero(few):
     pytest.importorskip("bokeh", reason="bokeh is an optional extra: pip install 'attnbench[report]'")
     drawn = latency.data(few).assign(floor=lambda table: 5 * table["floor"].clip(lower=0.4))
-    plot = _interactive._lines(drawn, "sequence length N", "ms", "log")
+    plot = _interactive._lines(drawn, _panel.Across(), METRICS["latency"])
     (outlines,) = [r.data_source.data["ys"] for r in plot.renderers if type(r.glyph).__name__ == "Patches"]
     noisy = drawn[drawn["floor"].notna()].sort_values("n")
     wide = 1 + noisy["floor"]

@@ -16,7 +16,7 @@ import attnbench
 CORE = Path(attnbench.__file__).parent
 METHODS = Path(importlib.import_module("attnbench.methods").__file__ or "").parent
 STANDARD = sys.stdlib_module_names
-CONTRACT = {"attnbench.method", "attnbench.taxonomy", "attnbench.fastweights", "attnbench.eager", "attnbench.errors", "attnbench.stages"}
+CONTRACT = {f"attnbench.{name}" for name in ("method", "taxonomy", "fastweights", "eager", "errors", "sdpa", "stages")}
 
 
 def sources(folder: Path, package: str) -> dict[str, Path]:

@@ -181,6 +181,8 @@ def test_what_differs_between_environments_is_named_with_packages_and_what_is_kn
         "triton = '2' there, None here",
     ]
     assert environment.changes(here, here) == []
+    builds = [{"torch": f"2+{build}", "packages": {"torch": "2"}} for build in ("cpu", "cu130")]
+    assert environment.changes(*builds) == ["torch = '2+cpu' there, '2+cu130' here"], "the build, not the package's version alone"
 
 
 def test_resume_tries_errors_again_but_not_what_was_too_large(tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from importlib.resources import files
 
 import pytest
 import torch
-from attnbench.methods import _sdpa
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
 import attnbench
+from attnbench import sdpa
 from attnbench.method import Shape
 
 CUDNN = SDPBackend.CUDNN_ATTENTION
@@ -33,7 +33,7 @@ def allowed(monkeypatch):
         found.append({backend for backend, enabled in ALLOWED.items() if enabled()})
         return q
 
-    monkeypatch.setattr(_sdpa, "scaled_dot_product_attention", noted)
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", noted)
     return found
 
 
@@ -48,11 +48,11 @@ def drawn(queries, keys, device="cuda"):
 @pytest.mark.parametrize("learns", range(3), ids="qkv")
 def test_cudnn_trains_on_whole_tiles_alone(allowed, queries, keys, without, learns):
     before, qkv = torch.backends.cuda.cudnn_sdp_enabled(), drawn(queries, keys)
-    _sdpa.attention(*qkv)
+    sdpa.attention(*qkv)
     qkv[learns].requires_grad_()
-    _sdpa.attention(*qkv)
+    sdpa.attention(*qkv)
     with torch.no_grad():
-        _sdpa.attention(*qkv)
+        sdpa.attention(*qkv)
     assert allowed == [set(ALLOWED), set(ALLOWED) - without, set(ALLOWED)]
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
@@ -60,13 +60,13 @@ def test_cudnn_trains_on_whole_tiles_alone(allowed, queries, keys, without, lear
 def test_a_bias_that_learns_counts_too(allowed):
     with FakeTensorMode():
         bias = torch.empty(64, 64, device="cuda", requires_grad=True)
-    _sdpa.attention(*drawn(64, 64), bias)
+    sdpa.attention(*drawn(64, 64), bias)
     assert allowed == [set(ALLOWED) - {CUDNN}]
 
 
 def test_nothing_is_left_out_on_a_cpu(allowed):
     q, k, v = drawn(64, 64, "cpu")
-    _sdpa.attention(q.requires_grad_(), k, v)
+    sdpa.attention(q.requires_grad_(), k, v)
     assert allowed == [set(ALLOWED)]
 
 
@@ -74,22 +74,21 @@ def test_nothing_is_left_out_on_a_cpu(allowed):
 def test_heads_and_masks_are_those_of_torch(causal):
     q, k, v = torch.randn(2, 4, 24, 8), torch.randn(2, 2, 24, 8), torch.randn(2, 2, 24, 8)
     wanted = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-    assert torch.equal(_sdpa.attention(q, k, v, causal=causal), wanted)
+    assert torch.equal(sdpa.attention(q, k, v, causal=causal), wanted)
     mask = torch.randn(24, 24)
-    assert torch.equal(_sdpa.attention(q, k, v, mask), scaled_dot_product_attention(q, k, v, mask, enable_gqa=True))
+    assert torch.equal(sdpa.attention(q, k, v, mask), scaled_dot_product_attention(q, k, v, mask, enable_gqa=True))
 
 
 def test_every_method_asks_for_backends_here():
-    """All but the template, which is a file that users copy."""
     found = [f.name for f in files("attnbench.methods").iterdir() if f.name.endswith(".py")]
     calls = {name for name in found if re.search(r"scaled_dot_product_attention\(", (files("attnbench.methods") / name).read_text())}
-    assert calls == {"_sdpa.py", "_template.py"}
+    assert calls == {"_sdpa.py"}
 
 
 def test_it_compiles_whole_where_a_backend_is_kept_out(monkeypatch):
-    monkeypatch.setattr(_sdpa, "_backends", lambda *_: _sdpa.sdpa_kernel(_sdpa._OTHERS))
+    monkeypatch.setattr(sdpa, "_backends", lambda *_: sdpa.sdpa_kernel(sdpa._OTHERS))
     q = torch.randn(1, 2, 16, 8)
-    whole = torch.compile(_sdpa.attention, backend="eager", fullgraph=True)
+    whole = torch.compile(sdpa.attention, backend="eager", fullgraph=True)
     torch.testing.assert_close(whole(q, q, q), scaled_dot_product_attention(q, q, q))
 
 
@@ -110,7 +109,7 @@ def test_softmax_trains_by_cudnn_on_whole_tiles_unless_pinned(name, tokens, keys
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("run", [_sdpa.attention, attnbench.get("nystromformer@sdpa")])
+@pytest.mark.parametrize("run", [sdpa.attention, attnbench.get("nystromformer@sdpa")])
 @pytest.mark.parametrize("tokens", [704, 3136])
 def test_gradients_are_finite_where_scores_are_small(run, tokens):
     """Scores of about -120 against 64 keys more than fill whole tiles, where cuDNN's gradient of q is NaN."""

@@ -15,6 +15,7 @@ import synthetic_trained
 from attnbench import earned, figures, frame, series, suite_file, tables
 from attnbench.errors import UserError
 from attnbench.figures import (
+    _interactive,
     _kept,
     accuracy,
     accuracy_time,
@@ -210,6 +211,20 @@ def test_pruned_shares_are_those_of_the_records_by_layer_and_by_length(loaded: p
     spread = expert_load.data(rows)
     ends = spread[spread["series"] == "MoBA, budget=64"].groupby("n")["value"].mean()
     assert (ends.index.min(), ends.index.max(), ends.is_monotonic_decreasing) == (0.0, 1.0, True)
+
+
+def test_loads_stand_on_a_logarithmic_axis_that_ends_at_the_least(loaded: pd.DataFrame) -> None:
+    rows = loaded[loaded["suite"] == "pruning"].copy()
+    rows["training"] = [replace(t, loads=tuple((*x[:-1], 1e-5) for x in t.loads)) if t.loads else t for t in rows["training"]]
+    assert expert_load.data(rows)["value"].min() == pytest.approx(1e-5), "what is drawn is told whole"
+    figure = expert_load.build(rows)
+    (axes, *_) = (a for a in figure.axes if a.get_lines() and a.axison)
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylim()[0] == 0.01
+    assert "Less than 0.01 is below the axes." in captioned(figure)
+    pytest.importorskip("bokeh", reason="bokeh is an optional extra: pip install 'attnbench[report]'")
+    assert _interactive._lines(expert_load.data(rows), expert_load.ALONG, expert_load.METRIC).y_range.start == 0.01
+    assert "below the axes" not in captioned(busiest.build(rows))
 
 
 def test_maps_of_kept_tokens_are_drawn_over_the_picture_from_records_alone(loaded: pd.DataFrame) -> None:

@@ -129,7 +129,7 @@ def _drawn(name: str, data: pd.DataFrame, facets: object) -> Iterator[tuple[str,
     elif (axes := _axes(name, facets)) is not None:
         along, metric = axes
         for panel, part in _panels(data):
-            yield f"{words}, {panel}", _lines(part, along.label, metric.axis, metric.scale, powers=along.powers, many=along.curves)
+            yield f"{words}, {panel}", _lines(part, along, metric)
     elif {"stage", "share"} <= set(data.columns):
         yield from ((f"{words}, {panel}", _bars(part)) for panel, part in _panels(data))
     elif name == crossover.NAME or (name == equal_width.NAME and not equal_width.timed(data)):
@@ -150,16 +150,19 @@ def _axes(name: str, facets: object) -> tuple[Across, Metric] | None:
     return (facets.along, facets.metric) if isinstance(facets, Routed) else _TRAINED.get(name)
 
 
-def _lines(data: pd.DataFrame, across: str, axis: str, scale: str, *, powers: bool = True, many: bool = False) -> Any:
+def _lines(data: pd.DataFrame, along: Across, metric: Metric) -> Any:
     """A metric along lengths, steps or layers: a line a series, whiskers, failures above, the noise floor as a band.
 
-    `powers` puts places on a logarithmic axis with a tick each; of `many` points little is drawn beside the lines.
+    Of curves little is drawn beside the lines.
     """
-    plot = figure(across, axis, x_scale="log" if powers else "linear", y_scale=scale)
+    across, axis, many = along.label, metric.axis, along.curves
+    plot = figure(across, axis, x_scale="log" if along.powers else "linear", y_scale=metric.scale)
     ticks = sorted(data["n"].unique().tolist())
     if not many:
         plot.xaxis.ticker, plot.xaxis.major_label_overrides = ticks, {n: length(n) for n in ticks}
     drawn = data[(data["status"] == "ok") & data["value"].notna()]
+    if metric.scale == "log" and (drawn["low"] < metric.least).any():
+        plot.y_range.start = metric.least
     parts = [(str(name), part.sort_values("n")) for name, part in drawn.groupby("series", sort=False)]
     _bands(plot, parts)
     styled = [(name, part, BASELINE if name == BEST else tone(part)) for name, part in parts]
@@ -181,7 +184,7 @@ def _lines(data: pd.DataFrame, across: str, axis: str, scale: str, *, powers: bo
         (axis, "@value{0.0000a}"),
         ("range", "@low{0.000a} to @high{0.000a}"),
     )
-    _failures(plot, data[data["status"] != "ok"], drawn, scale)
+    _failures(plot, data[data["status"] != "ok"], drawn, metric.scale)
     return plot
 
 

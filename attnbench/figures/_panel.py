@@ -237,14 +237,14 @@ _LEAST = 0.02
 
 
 def span(drawn: pd.DataFrame, metric: Metric) -> tuple[float, float]:
-    """Ends of an axis with room for every value and range."""
+    """Ends of an axis with room for every value and range, down to the least that a logarithmic one shows."""
     values = pd.concat([drawn[name] for name in ("value", "low", "high", "chance") if name in drawn]).dropna()
     if metric.scale == "linear":
         low, high = float(values.min()), float(values.max())
         high = max(high, low + _LEAST)
         return low - 0.05 * (high - low), high + 0.05 * (high - low)
     positive = values[values > 0]
-    return (float(positive.min()) / 1.3, float(positive.max()) * 1.3) if len(positive) else (0.1, 1.0)
+    return (max(float(positive.min()) / 1.3, metric.least), float(positive.max()) * 1.3) if len(positive) else (0.1, 1.0)
 
 
 def plain(axis: Any) -> None:

@@ -58,7 +58,9 @@ class Routed:
         drawn = self.data(table)
         if drawn.empty or not (drawn["status"] == "ok").any():
             return None
-        told = caption(table, drawn, before=self.words, after=failures(drawn))
+        least = self.metric.least
+        below = f"Less than {least:g} is below the axes." if (drawn[["value", "low"]] < least).any(axis=None) else ""
+        told = caption(table, drawn, before=" ".join(part for part in (self.words, below) if part), after=failures(drawn))
         with paper():
             order = sorted(drawn["panel"].unique(), key=series.natural)
             return draw(drawn, told, self.metric, columns, order=order, along=self.along)

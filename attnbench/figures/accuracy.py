@@ -98,7 +98,8 @@ def conditions(table: pd.DataFrame, drawn: pd.DataFrame) -> str:
     rows = table[table["task"] == earned.TASK]
     shown = rows[rows["method"].isin(drawn["method"])]
     told = f"{series.describe(shown)}. {series.settings(shown)}".strip()
-    steps, again = earned.all_steps(earned.asked(rows)), earned.several_models(earned.asked(frame.current(rows), swapped=True))
+    steps = earned.all_steps(earned.asked(shown))
+    again = earned.several_models(earned.asked(frame.current(rows), swapped=True))  # models are told apart by all that they ran with
     return " ".join(part for part in (told, f"{steps}." if steps else "", again) if part)
 
 

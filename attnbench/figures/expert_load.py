@@ -6,7 +6,7 @@ from attnbench.metrics import Metric
 
 NAME = "expert_load"
 ALONG = Across("experts, busiest (0) to idlest (1)", powers=False, curves=True)
-METRIC = Metric("expert_load", "loads", "queries of an expert / of a mean one", "", "lower", "linear")
+METRIC = Metric("expert_load", "loads", "queries of an expert / of a mean one", "", "lower", least=0.01)
 _ROUTED = Routed(
     METRIC,
     lambda training: {
