@@ -10,6 +10,7 @@ import platform
 import statistics
 import subprocess
 import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ import torch
 from attnbench.errors import UserError, differences
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator
 
 PACKAGES = {
     "torch": "",
@@ -39,8 +40,6 @@ PACKAGES = {
     "nvidia-ml-py": "pip install 'attnbench[cuda]' (clocks, power, throttling)",
 }
 """Distribution -> how to get it, empty where attnbench requires it."""
-_GROUPS = ("packages", "gpu")
-"""facts that hold facts of their own"""
 
 
 def pick_device(name: str | None) -> str:
@@ -120,8 +119,17 @@ def changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 def flat(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What `collect` found without what was measured, packages and what is known of a GPU among the other facts."""
-    groups = [facts.get(name, {}) for name in _GROUPS]
-    return {**{k: v for group in groups for k, v in group.items()}, **{k: v for k, v in facts.items() if k not in {*_GROUPS, "ceilings"}}}
+    inmost = sorted(leaves(facts), key=lambda leaf: -len(leaf[0]))  # so that torch is its build, not its package's version
+    return {path[-1]: value for path, value in inmost if path[0] != "ceilings"}
+
+
+def leaves(facts: Mapping[str, Any], *outer: str) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Each fact that holds no others, below the names of those that hold it."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, *outer, name)
+        else:
+            yield (*outer, name), value
 
 
 def env_id(facts: dict[str, Any]) -> str:

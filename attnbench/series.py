@@ -182,7 +182,7 @@ def describe(rows: pd.DataFrame) -> str:
 def _environments(rows: pd.DataFrame) -> str:
     """How many environments rows come from, and which facts are not the same in all of them."""
     known = rows.drop_duplicates("env_id")
-    facts = [dict(each) for each in known["facts"] if each] if "facts" in known else []
+    facts = [dict(each) for each in known["facts"] if each]
     names = sorted(set().union(*facts))
     differ = [name for name in names if len({str(each.get(name)) for each in facts}) > 1]
     more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""

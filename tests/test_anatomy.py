@@ -8,6 +8,7 @@ import math
 import pandas as pd
 import pytest
 import synthetic
+from figures_support import captioned
 from matplotlib.colors import to_hex
 from matplotlib.lines import Line2D
 
@@ -131,7 +132,7 @@ def test_titles_count_launches_and_captions_say_what_is_drawn(loaded, forward, t
     figure = anatomy.build(forward)
     assert figure is not None
     assert next(a for a in figure.axes if a.get_title().startswith("MiTA")).get_title() == "MiTA\n12 launches, 0 waits"
-    caption = figure.get_supxlabel().replace("\n", " ")
+    caption = captioned(figure)
     for part in ("Test GPU 80GB", "forward. ", "kernels, copies and fills on the device", "MiTA: landmarks=64, topk=64", "of their sum"):
         assert part in caption
     cpu = frame.load(synthetic.write(tmp_path, "s", [record("softmax@flash", 1024, waits=None)]))[0]
@@ -182,7 +183,7 @@ def test_every_length_that_any_method_was_taken_apart_at_is_drawn_and_what_lacks
     }
     assert marks == {"MiTA": [], "Softmax (flash)": [(1, "O"), (2, "T")], "Top-k": [(1, "-"), (2, "-")]}
     assert {x for x, *_ in bars(panel(figure, "MiTA"))} == {0, 1, 2}
-    caption = figure.get_supxlabel().replace("\n", " ")
+    caption = captioned(figure)
     assert "Letters: O out of memory, T timed out." in caption
     assert "- not taken apart." in caption
 
@@ -195,7 +196,7 @@ def test_a_cell_timed_again_keeps_the_stages_and_the_time_of_the_attempt_that_wa
     assert drawn["whole_ms"].tolist() == pytest.approx([WHOLE_S * 1e3] * len(drawn)), "shares are of what was taken apart"
     figure = anatomy.build(table)
     assert figure is not None
-    assert "Timed and taken apart in an earlier attempt than the last: 1 of 2 cells." in figure.get_supxlabel().replace("\n", " ")
+    assert "Timed and taken apart in an earlier attempt than the last: 1 of 2 cells." in captioned(figure)
 
 
 def test_one_launch_is_told_as_one():

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from figures_support import captioned
 
 import attnbench
 from attnbench import earned, frame, tables
@@ -107,7 +108,7 @@ def test_the_figure_draws_means_ranges_and_what_failed() -> None:
     assert [t for a in figure.axes if (t := a.get_title())] == ["mqar", "mqar, causal", "pathfinder"]
     letters = sorted(t.get_text() for a in figure.axes for t in a.texts)
     assert letters == ["D", "U"]
-    caption = figure.get_supxlabel().replace("\n", " ")
+    caption = captioned(figure)
     assert "Fewer: MiTA at mqar, causal" in caption
     assert "U unsupported, D training diverged" in caption
 

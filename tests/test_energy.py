@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import synthetic
+from figures_support import captioned
 
 from attnbench import cell, energy, figures, frame, metrics, runner, store
 from attnbench.energy import EnergyUnknownError, Meter
@@ -167,7 +168,7 @@ def test_energy_per_token_is_a_metric_and_a_figure(tmp_path: Path) -> None:
     assert drawn["value"].tolist() == pytest.approx([0.5, 0.5]), "mJ a token"
     figure = figures.modules()["energy"].build(table)
     assert figure is not None
-    assert "idle power of 70 W subtracted" in figure.get_supxlabel().replace("\n", " ")
+    assert "idle power of 70 W subtracted" in captioned(figure)
 
 
 def test_results_without_energy_draw_no_figure_of_it(tmp_path: Path) -> None:
@@ -221,7 +222,7 @@ def test_a_later_attempt_without_energy_takes_none_away_and_figures_say_so(tmp_p
     assert row["metered_s"] == pytest.approx(2e-3, rel=0.1)
     figure = figures.modules()["energy"].build(table)
     assert figure is not None
-    assert "Metered in an earlier attempt than the last: 1 of 2 cells." in figure.get_supxlabel().replace("\n", " ")
+    assert "Metered in an earlier attempt than the last: 1 of 2 cells." in captioned(figure)
     swapped = replace(synthetic.ok(case, 1e-3), implementation="another")
     table = frame.load(synthetic.write(tmp_path / "b", "speed", [first, swapped]))[0]
     assert "energy_j" not in table, "another implementation ran since"

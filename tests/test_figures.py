@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import synthetic
 from disk_support import file_size_limit
-from figures_support import axes_with_lines
+from figures_support import axes_with_lines, captioned
 
 from attnbench import figures, frame, series, stats
 from attnbench.errors import UserError
@@ -123,7 +123,18 @@ def test_noise_band_covers_the_series_measured_twice(few):
     assert one["floor"] == noise.relative
     figure = latency.build(few)
     assert figure is not None
-    assert series.noise(few) in figure.get_supxlabel().replace("\n", " ")
+    assert series.noise(few) in captioned(figure)
+
+
+def test_environments_are_told_apart_by_what_differs(few):
+    plain = series.describe(few)
+    assert "environment" not in plain
+    others = {"a": {"threads": 2}, "b": {"threads": 3}, "c": {"driver": "1", "os": "x", "threads": 3, "torch": "9"}}
+    facts = dict(few["facts"].iloc[0])
+    for names, words in (("a", ""), ("ab", " (different threads)"), ("abc", " (different driver/os/threads and 1 more)")):
+        ids = [names[i % len(names)] for i in range(len(few))]
+        moved = few.assign(env_id=ids, facts=[tuple({**facts, **others[i]}.items()) for i in ids])
+        assert series.describe(moved) == plain + (f", {len(names)} environments{words}" if words else "")
 
 
 def test_noise_band_of_a_page_is_that_of_a_figure_and_never_below_zero(few):
@@ -153,7 +164,7 @@ def test_exact_methods_are_summed_up_in_the_fidelity_caption(loaded):
     assert set(drawn["panel"]) == set(synthetic.PROFILES)
     figure = figures.modules()["fidelity"].build(rows)
     assert figure is not None
-    assert "exact methods (FlashAttention, Softmax)" in figure.get_supxlabel().replace("\n", " ")
+    assert "exact methods (FlashAttention, Softmax)" in captioned(figure)
 
 
 def test_mixed_conditions_are_refused(loaded):
@@ -186,7 +197,7 @@ def test_pareto_joins_speed_and_fidelity_by_method_and_parameters(loaded):
 def test_pareto_names_who_is_missing(loaded):
     figure = pareto.build(loaded[loaded["suite"] != "few"])
     assert figure is not None
-    caption = figure.get_supxlabel().replace("\n", " ")
+    caption = captioned(figure)
     assert "Failed here: Softmax (math) (oom)" in caption
     assert "same parameters: Sliding window; xFormers" in caption
 
@@ -209,7 +220,7 @@ def test_of_one_length_a_row_a_series_is_drawn(many):
         assert failed, "some cells of this length failed"
         best = drawn.loc[(drawn["kind"] == "baseline") & (drawn["panel"] == panel), "value"].item()
         assert any(set(line.get_xdata()) == {best} and line.get_color() == _style.BASELINE for line in axes.lines)
-    assert "Letters: T timed out" in figure.get_supxlabel().replace("\n", " ")
+    assert "Letters: T timed out" in captioned(figure)
 
 
 def test_shares_of_the_roofline_above_one_are_explained(few):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import synthetic
+from figures_support import captioned
 
 from attnbench import crossover, frame
 from attnbench.crossover import Answer
@@ -71,7 +72,7 @@ def test_an_interval_without_an_end_is_drawn_to_the_edge(table: pd.DataFrame, mo
     monkeypatch.setattr(crossover, "find", lambda *_: open_ended)
     figure = drawn.build(table)
     assert figure is not None
-    assert "Bars that go beyond the axis: " in figure.get_supxlabel().replace("\n", " ")
+    assert "Bars that go beyond the axis: " in captioned(figure)
     assert any("to beyond the range)" in str(one) for one in open_ended)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import synthetic
+from figures_support import captioned
 
 from attnbench import frame, suite_file
 from attnbench.figures import equal_width, planned
@@ -71,7 +72,7 @@ def test_the_figure_draws_its_data_a_panel_a_length_and_profile(table: Any) -> N
             t <= p.time_ms and e <= p.rel_error and (t, e) != (p.time_ms, p.rel_error) for t, e in rivals
         )]  # fmt: skip
         assert {t.get_text() for t in axes.texts} == set(front) == set(part.loc[part["front"], "series"])
-    caption = figure.get_supxlabel().replace("\n", " ")
+    caption = captioned(figure)
     assert "Hidden units that a query reads: 64, 256, larger markers for more; fixed by the method: " in caption
     assert "InLine, Linear, MHLA, PolaFormer, cosFormer." in caption
     assert "as initialised, untrained: DSA, PVT." in caption

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import synthetic
+from figures_support import captioned
 
 import attnbench
 from attnbench import frame, references, registry, tables, typeset
@@ -70,7 +71,7 @@ def test_cited_points_are_drawn_hollow_and_apart(tmp_path):
     lines = [line for axes in figure.axes for line in axes.lines if tuple(line.get_xdata()) == (4096, 16384, 65536)]
     assert [(line.get_linestyle(), line.get_fillstyle()) for line in lines] == [(":", "none")] * 2
     assert len({line.get_color() for line in lines} | {_style.look("mita")["color"]}) == 1
-    caption = figure.get_supxlabel().replace("\n", " ")
+    caption = captioned(figure)
     assert "cited, not measured here. Authors' implementation, https://github.com/QishuaiWen/MiTA" in caption
     labels = [t.get_text() for axes in figure.axes if axes.get_legend() for t in axes.get_legend().get_texts()]
     assert labels == ["Softmax (flash)", "MiTA", "MiTA (authors), cited"]

@@ -79,7 +79,7 @@ def test_heads_and_masks_are_those_of_torch(causal):
     assert torch.equal(sdpa.attention(q, k, v, mask), scaled_dot_product_attention(q, k, v, mask, enable_gqa=True))
 
 
-def test_every_method_asks_for_backends_here():
+def test_methods_call_torch_only_where_they_force_a_backend():
     found = [f.name for f in files("attnbench.methods").iterdir() if f.name.endswith(".py")]
     calls = {name for name in found if re.search(r"scaled_dot_product_attention\(", (files("attnbench.methods") / name).read_text())}
     assert calls == {"_sdpa.py"}

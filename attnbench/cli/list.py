@@ -7,6 +7,7 @@ import typer
 
 from attnbench.cli._options import Device, DeviceOption, Json, Plugins, with_plugins
 from attnbench.cli._output import complain, emit_json, emit_table
+from attnbench.errors import unknown
 
 
 def list_methods(
@@ -17,7 +18,6 @@ def list_methods(
     plugin: Plugins = [],
 ) -> None:
     """List methods, and which of their implementations can run here."""
-    from attnbench.errors import unknown
     from attnbench.registry import registry
 
     with_plugins(plugin, refuse=False)

@@ -18,7 +18,7 @@ from attnbench.figures._facets import Facets
 from attnbench.figures._interactive_dots import dots
 from attnbench.figures._interactive_rows import in_rows
 from attnbench.figures._multiples import BASELINE as BEST
-from attnbench.figures._panel import Across
+from attnbench.figures._panel import Across, band, cut
 from attnbench.figures._ranked import fits
 from attnbench.figures._routed import Routed
 from attnbench.figures._stages import GAPS, colour
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
     from attnbench.metrics import Metric
 
-LENGTHS = Across().label
 _FIRST = ("latency", "throughput", "memory", "efficiency", "fidelity", "recall", "pareto", "equal_width", "crossover", "energy", "anatomy",
           "scores", "accuracy", "accuracy_time", "accuracy_memory", "curves", "slices", "swap_in", "swap_heat", "pruned",
           "pruned_length")  # fmt: skip
@@ -155,13 +154,12 @@ def _lines(data: pd.DataFrame, along: Across, metric: Metric) -> Any:
 
     Of curves little is drawn beside the lines.
     """
-    across, axis, many = along.label, metric.axis, along.curves
-    plot = figure(across, axis, x_scale="log" if along.powers else "linear", y_scale=metric.scale)
+    plot = figure(along.label, metric.axis, x_scale="log" if along.powers else "linear", y_scale=metric.scale)
     ticks = sorted(data["n"].unique().tolist())
-    if not many:
+    if not along.curves:
         plot.xaxis.ticker, plot.xaxis.major_label_overrides = ticks, {n: length(n) for n in ticks}
     drawn = data[(data["status"] == "ok") & data["value"].notna()]
-    if metric.scale == "log" and (drawn["low"] < metric.least).any():
+    if cut(drawn, metric):
         plot.y_range.start = metric.least
     parts = [(str(name), part.sort_values("n")) for name, part in drawn.groupby("series", sort=False)]
     _bands(plot, parts)
@@ -171,17 +169,17 @@ def _lines(data: pd.DataFrame, along: Across, metric: Metric) -> Any:
         "series": [name for name, *_ in styled], "method": [str(p["method"].iloc[0]) for _, p, _ in styled],
     }))  # fmt: skip
     whole = columns(drawn, "n", "value", "low", "high", ran=drawn["ran"].astype(str).tolist())
-    plot.segment("n", "low", "n", "high", color="color", line_width=1, alpha=0.25 if many else 0.6, source=source(whole))
+    plot.segment("n", "low", "n", "high", color="color", line_width=1, alpha=0.25 if along.curves else 0.6, source=source(whole))
     spots = plot.scatter(
-        "n", "value", size=4 if many else 8, color="color", marker="marker", hover_line_color="black", source=source(whole)
+        "n", "value", size=4 if along.curves else 8, color="color", marker="marker", hover_line_color="black", source=source(whole)
     )
-    word = "N" if across == LENGTHS else across.partition(" (")[0].partition(",")[0]
+    word = "N" if along == Across() else along.label.partition(" (")[0].partition(",")[0]
     hover(
         plot,
         spots,
         ("method", "@series (@ran)"),
         (word, "@n{0.[00]}"),
-        (axis, "@value{0.0000a}"),
+        (metric.axis, "@value{0.0000a}"),
         ("range", "@low{0.000a} to @high{0.000a}"),
     )
     _failures(plot, data[data["status"] != "ok"], drawn, metric.scale)
@@ -190,10 +188,10 @@ def _lines(data: pd.DataFrame, along: Across, metric: Metric) -> Any:
 
 def _bands(plot: Any, parts: list[tuple[str, pd.DataFrame]]) -> None:
     noisy = [(name, part[part["floor"].notna()]) for name, part in parts if part["floor"].notna().any()]
-    outlines = [(floats(p["n"]), floats(p["value"] * (1 + p["floor"])), floats(p["value"] / (1 + p["floor"]))) for _, p in noisy]
+    outlines = [(floats(p["n"]), *(floats(end) for end in band(p))) for _, p in noisy]
     if noisy:
         plot.patches("xs", "ys", color="#888888", alpha=0.25, source=source({
-            "xs": [n + n[::-1] for n, _, _ in outlines], "ys": [up + down[::-1] for _, up, down in outlines],
+            "xs": [n + n[::-1] for n, _, _ in outlines], "ys": [up + down[::-1] for _, down, up in outlines],
             "series": [name for name, _ in noisy], "method": [str(p["method"].iloc[0]) for _, p in noisy],
         }))  # fmt: skip
 

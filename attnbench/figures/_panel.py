@@ -185,8 +185,7 @@ class Canvas:
             return
         axes.vlines(rows["n"], rows["low"], rows["high"], color=style["color"], linewidth=1.6, alpha=0.6)
         if rows["floor"].notna().all():
-            wide = 1 + rows["floor"]
-            axes.fill_between(rows["n"], rows["value"] / wide, rows["value"] * wide, color=style["color"], alpha=0.25, linewidth=0)
+            axes.fill_between(rows["n"], *band(rows), color=style["color"], alpha=0.25, linewidth=0)
 
     def _strip(self, axes: Axes, part: pd.DataFrame, failed: Sequence[str], *, first: bool) -> None:
         """A row a failing series: its marker at the left, the letter of the status at each length that failed."""
@@ -230,6 +229,17 @@ def fit(axes: Sequence[Axes], drawn: pd.DataFrame, metric: Metric) -> None:
     axes[0].set_ylim(*span(drawn, metric))
     for one in axes:
         plain(one.yaxis)
+
+
+def band(rows: pd.DataFrame) -> tuple[pd.Series[float], pd.Series[float]]:
+    """Ends of the noise floor about each value: as far below as above on a logarithmic axis."""
+    wide = 1 + rows["floor"]
+    return rows["value"] / wide, rows["value"] * wide
+
+
+def cut(drawn: pd.DataFrame, metric: Metric) -> bool:
+    """Whether a logarithmic axis ends above some of what is drawn."""
+    return bool(metric.scale == "log" and (drawn[["value", "low"]] < metric.least).any(axis=None))
 
 
 _LEAST = 0.02

@@ -9,6 +9,7 @@ import pandas as pd
 
 from attnbench import earned, frame, series
 from attnbench.figures._multiples import draw, failures
+from attnbench.figures._panel import cut
 from attnbench.figures._style import paper
 from attnbench.figures.accuracy import asked_at_several, caption, spread
 
@@ -58,9 +59,8 @@ class Routed:
         drawn = self.data(table)
         if drawn.empty or not (drawn["status"] == "ok").any():
             return None
-        least = self.metric.least
-        below = f"Less than {least:g} is below the axes." if (drawn[["value", "low"]] < least).any(axis=None) else ""
-        told = caption(table, drawn, before=" ".join(part for part in (self.words, below) if part), after=failures(drawn))
+        below = f"Less than {self.metric.least:g} is below the axes." if cut(drawn, self.metric) else ""
+        told = caption(table, drawn, before=f"{self.words} {below}".strip(), after=failures(drawn))
         with paper():
             order = sorted(drawn["panel"].unique(), key=series.natural)
             return draw(drawn, told, self.metric, columns, order=order, along=self.along)

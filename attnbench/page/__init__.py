@@ -13,6 +13,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Protocol
 
 from attnbench import series, tables, typeset
+from attnbench.environment import leaves
 from attnbench.page import joined
 from attnbench.page.summary import sentences, subject
 from attnbench.taxonomy import Family
@@ -193,15 +194,8 @@ def _environments(environments: Mapping[str, Mapping[str, Any]], rows: Iterable[
     for key in used:
         facts = environments.get(key, {})
         yield f"<details><summary>{escape(key)}: {escape(str(facts.get('device', 'not recorded')))}</summary><dl>"
-        for name, value in _flat(facts):
-            yield f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+        for path, value in leaves(facts):
+            told = f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield f"<dt>{escape(' '.join(path))}</dt><dd>{escape(told)}</dd>"
         yield "</dl></details>"
     yield "</section>"
-
-
-def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for name, value in facts.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name} ")
-        else:
-            yield prefix + name, f"{value:.4g}" if isinstance(value, float) else str(value)
